@@ -1,0 +1,197 @@
+"""The data that moves through a step: prompts, samples, groups, batches, and mergeable metrics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One problem, already in tokens.
+
+    Attributes:
+        id: Stable name, unique in its source ("train:17"); keys the sampling seed.
+        token_ids: [P] int32.
+        text: The text the tokens came from, for logs.
+        answer: Reference answer, where the reward needs one.
+        metadata: What the source's own scorer needs (a reasoning-gym entry, for one).
+    """
+
+    id: str
+    token_ids: IntArray
+    text: str
+    answer: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Sample:
+    """One response to a prompt, token ids as the engine emitted them (never re-tokenised).
+
+    Attributes:
+        prompt_id: The prompt's id.
+        sample_index: Which of the group's samples, from 0.
+        response_token_ids: [R] int32, the stop token included where one was produced.
+        rollout_log_probs: [R] float32, the engine's log-probability of each token at sampling temperature.
+        finish_reason: "stop" (stop token), "length" (token limit) or "abort".
+        policy_version: Version of the weights that produced it.
+        response_text: Decoded response, stop token left out.
+        reward: Scalar reward, set once scored.
+    """
+
+    prompt_id: str
+    sample_index: int
+    response_token_ids: IntArray
+    rollout_log_probs: FloatArray
+    finish_reason: FinishReason
+    policy_version: int
+    response_text: str = ""
+    reward: float = float("nan")
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutGroup:
+    """All samples of one prompt."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+    @property
+    def rewards(self) -> FloatArray:
+        """[G] float32."""
+        return np.array([sample.reward for sample in self.samples], dtype=np.float32)
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the rewards differ, so that group-relative advantages are not all zero."""
+        rewards = self.rewards
+        return bool(rewards.size) and bool(rewards.max() != rewards.min())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """One rollout batch as whole packed arrays: N sequences (prompt then response), T tokens in all.
+
+    Sequences are ordered group by group; `mini_batch_ids` cuts them into the rollout's optimizer steps.
+
+    Attributes:
+        token_ids: [T] int32, sequences end to end, without padding.
+        sequence_lengths: [N] int32, prompt plus response.
+        prompt_lengths: [N] int32.
+        response_mask: [T] bool, true on response tokens that count.
+        rollout_log_probs: [T] float32, the engine's, zero outside the response.
+        rewards: [N] float32.
+        advantages: [N] float32, one per sequence.
+        group_ids: [N] int32, which prompt of the batch.
+        mini_batch_ids: [N] int32 in [0, number of updates).
+        policy_versions: [N] int32.
+        temperature: Sampling temperature that log-probabilities are taken at.
+    """
+
+    token_ids: IntArray
+    sequence_lengths: IntArray
+    prompt_lengths: IntArray
+    response_mask: npt.NDArray[np.bool_]
+    rollout_log_probs: FloatArray
+    rewards: FloatArray
+    advantages: FloatArray
+    group_ids: IntArray
+    mini_batch_ids: IntArray
+    policy_versions: IntArray
+    temperature: float
+
+    @property
+    def num_sequences(self) -> int:
+        """N."""
+        return len(self.sequence_lengths)
+
+    @property
+    def num_mini_batches(self) -> int:
+        """Optimizer steps this batch is cut into."""
+        return int(self.mini_batch_ids.max()) + 1 if self.num_sequences else 0
+
+    @property
+    def sequence_starts(self) -> npt.NDArray[np.int64]:
+        """[N + 1] int64: where every sequence starts, and the end."""
+        return np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
+
+
+ReductionKind = Literal["mean", "sum", "max", "min"]
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulator:
+    """A metric that merges exactly over micro-batches and ranks.
+
+    Attributes:
+        kind: "mean" renders total / count; the others render total.
+        total: 0-dim float64: a sum, or the extreme for "max" and "min".
+        count: 0-dim float64: what a mean divides by; 1 for the others. A mean with count 0 is left out when rendered.
+    """
+
+    kind: ReductionKind
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def mean(cls, values: Tensor, mask: Tensor) -> "Accumulator":
+        """Mean of `values` where `mask` (same shape, bool) is true."""
+        selected = torch.where(mask, values.detach().double(), 0.0)
+        return cls("mean", selected.sum(), mask.sum().double())
+
+    @classmethod
+    def sum(cls, values: Tensor) -> "Accumulator":
+        """Sum of `values`."""
+        total = values.detach().double().sum()
+        return cls("sum", total, torch.ones_like(total))
+
+    @classmethod
+    def max(cls, values: Tensor, mask: Tensor) -> "Accumulator":
+        """Largest of `values` where `mask` is true (−inf where nothing is)."""
+        return cls._extreme("max", values, mask, float("-inf"))
+
+    @classmethod
+    def min(cls, values: Tensor, mask: Tensor) -> "Accumulator":
+        """Smallest of `values` where `mask` is true (+inf where nothing is)."""
+        return cls._extreme("min", values, mask, float("inf"))
+
+    @classmethod
+    def _extreme(cls, kind: Literal["max", "min"], values: Tensor, mask: Tensor, fill: float) -> "Accumulator":
+        filled = torch.where(mask, values.detach().double(), fill)
+        bound = torch.tensor([fill], dtype=torch.float64, device=filled.device)
+        joined = torch.cat([filled.reshape(-1), bound])
+        total = joined.max() if kind == "max" else joined.min()
+        return cls(kind, total, torch.ones_like(total))
+
+    def merge(self, other: "Accumulator") -> "Accumulator":
+        """The accumulator of both parts together."""
+        if self.kind != other.kind:
+            raise ValueError(f"kind = {other.kind}: cannot merge into {self.kind}")
+        if self.kind == "max":
+            return Accumulator("max", torch.maximum(self.total, other.total), self.count)
+        if self.kind == "min":
+            return Accumulator("min", torch.minimum(self.total, other.total), self.count)
+        count = self.count if self.kind == "sum" else self.count + other.count
+        return Accumulator(self.kind, self.total + other.total, count)
+
+
+Metrics = dict[str, Accumulator]
+
+
+def merge_metrics(parts: list[Metrics]) -> Metrics:
+    """All parts merged key by key."""
+    merged: Metrics = {}
+    for part in parts:
+        for key, value in part.items():
+            merged[key] = merged[key].merge(value) if key in merged else value
+    return merged
