@@ -1,0 +1,1 @@
+"""The configuration schema: frozen standard-library dataclasses, read from YAML and the command line."""

@@ -1,0 +1,1 @@
+"""Tests, laid out like the package; a package itself so that worker processes can import it by name."""
