@@ -1,0 +1,157 @@
+"""The actor's forward pass: micro-batch in, log-probabilities and entropy out, on every schedule of megatron-core."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_fipo.actor.local_layers import LocalPackedSeqParams, attention_plan
+from megatron_fipo.actor.log_probs import VocabularyShard, linear_log_probs
+from megatron_fipo.actor.micro_batch import MicroBatch
+from megatron_fipo.config.model import ModelConfig
+from megatron_fipo.parallel.context import ParallelContext
+from megatron_fipo.platform.device import uses_cuda
+
+# Log-probabilities [t] float32 with gradient and entropy [t] float32; zero where no response token is predicted.
+Scores = tuple[Tensor, Tensor]
+LossFunction = Callable[..., Any]
+
+
+class ActorForward:
+    """Runs micro-batches through this rank's model chunks.
+
+    Args:
+        chunks: Model chunks wrapped for data parallelism.
+        provider: The model's transformer configuration.
+        model: Chunking of the log-probabilities.
+        context: This rank's place.
+        vocab_size: Vocabulary without padding rows.
+        temperature: Sampling temperature, at which log-probabilities are taken.
+    """
+
+    def __init__(
+        self,
+        chunks: list[Any],
+        provider: Any,
+        model: ModelConfig,
+        context: ParallelContext,
+        vocab_size: int,
+        temperature: float,
+    ) -> None:
+        self.chunks, self.provider, self.model, self.context = chunks, provider, model, context
+        self.vocab_size, self.temperature = vocab_size, temperature
+        self._schedule = get_forward_backward_func()
+
+    def run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss_function: Callable[[MicroBatch], LossFunction],
+        *,
+        forward_only: bool,
+        collect: bool = False,
+    ) -> list[Any]:
+        """Run every micro-batch through the pipeline.
+
+        Args:
+            micro_batches: This rank's micro-batches, as many as on every other rank.
+            loss_function: Gives for a micro-batch the function that turns its scores into megatron-core's loss tuple,
+                or with `collect` into anything.
+            forward_only: Leave the backward pass out.
+            collect: Gather what the loss function returns instead of treating it as a loss.
+
+        Returns:
+            On the last pipeline stage one entry per micro-batch; elsewhere nothing.
+        """
+        iterators = [iter(micro_batches) for _ in self.chunks]
+
+        def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Any, LossFunction]:
+            micro_batch = next(iterator)
+            return self._forward(micro_batch, chunk), loss_function(micro_batch)
+
+        return self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=max(micro_batch.layout.num_tokens for micro_batch in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=collect,
+        )
+
+    @torch.no_grad()
+    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Log-probabilities [t] float32 of every micro-batch, on the last pipeline stage; elsewhere nothing."""
+
+        def keep_log_probs(scores: Scores, non_loss_data: bool = True) -> Tensor:
+            return scores[0]
+
+        return self.run(micro_batches, lambda _: keep_log_probs, forward_only=True, collect=True)
+
+    def _forward(self, micro_batch: MicroBatch, chunk: Any) -> Any:
+        return chunk(
+            input_ids=micro_batch.token_ids,
+            position_ids=None,
+            attention_mask=None,
+            packed_seq_params=_packed_seq_params(micro_batch),
+            output_processor=self._scores,
+            output_processor_context=micro_batch,
+        )
+
+    def _scores(
+        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: MicroBatch, **_: Any
+    ) -> Scores:
+        """Scores from the last hidden states [t, 1, h] ([t / W, 1, h] under sequence parallelism)."""
+        parallel = self.context
+        if self.provider.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=parallel.tp_group
+            )
+        elif parallel.tp_size > 1:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=parallel.tp_group)
+        weight = output_layer.weight if output_weight is None else output_weight
+        shard = VocabularyShard(
+            start=parallel.tp_rank * weight.shape[0], vocab_size=self.vocab_size, group=parallel.tp_group
+        )
+        positions = context.response_positions
+        log_probs, entropy = linear_log_probs(
+            hidden_states.squeeze(1).index_select(0, positions),
+            weight,
+            context.response_targets,
+            shard,
+            temperature=self.temperature,
+            chunk_tokens=self.model.log_prob_chunk_tokens,
+            recompute_logits=self.model.recompute_logits,
+        )
+        everywhere = torch.zeros(context.layout.num_local_tokens, dtype=torch.float32, device=log_probs.device)
+        return (
+            everywhere.index_copy(0, positions, log_probs),
+            everywhere.index_copy(0, positions, entropy),
+        )
+
+
+def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams:
+    layout = micro_batch.layout
+    cu_seqlens = layout.cu_seqlens.to(micro_batch.token_ids.device)
+    longest = max(layout.padded_lengths)
+    fields: dict[str, Any] = {
+        "qkv_format": "thd",
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_kv": cu_seqlens,
+        "cu_seqlens_q_padded": cu_seqlens,
+        "cu_seqlens_kv_padded": cu_seqlens,
+        # The true longest sequence: megatron-core reads a length equal to the pack's as "positions run on".
+        "max_seqlen_q": longest,
+        "max_seqlen_kv": longest,
+    }
+    if uses_cuda():
+        return PackedSeqParams(**fields)
+    return LocalPackedSeqParams(**fields, plan=attention_plan(layout))

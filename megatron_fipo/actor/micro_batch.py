@@ -1,0 +1,91 @@
+"""One micro-batch as tensors on one rank.
+
+Everything is indexed by the position that predicts: entry t of a sequence belongs to the token at t + 1, which is where
+the model's output for that token lives. Shifting before the sequence is cut into chunks leaves no border to look across.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_fipo.parallel.context import ParallelContext
+from megatron_fipo.parallel.layout import PackLayout
+from megatron_fipo.parallel.packing import Pack
+from megatron_fipo.types import TrainBatch
+
+
+@dataclass(slots=True, kw_only=True)
+class MicroBatch:
+    """A pack's local part: t = layout.num_local_tokens positions, N sequences, R positions that count.
+
+    Attributes:
+        layout: Where the pack's tokens lie on this rank.
+        sequences: [N real sequences] their indices in the rollout batch; a filler sequence has none.
+        token_ids: [1, t] int64 input tokens, 0 in padding.
+        response_mask: [t] bool, true where the predicted token is a response token that counts.
+        response_positions: [R] int64 local positions where the mask is true.
+        response_targets: [R] int64 tokens predicted there.
+        response_lengths: [N] int64 response tokens of every sequence over all ranks; 0 for a filler.
+        advantages: [t] float32.
+        rollout_log_probs: [t] float32, the engine's.
+        old_log_probs: [t] float32, the actor's before the first update; set by the old-log-probability pass.
+    """
+
+    layout: PackLayout
+    sequences: tuple[int, ...]
+    token_ids: Tensor
+    response_mask: Tensor
+    response_positions: Tensor
+    response_targets: Tensor
+    response_lengths: Tensor
+    advantages: Tensor
+    rollout_log_probs: Tensor
+    old_log_probs: Tensor | None = None
+
+
+def build_micro_batch(
+    batch: TrainBatch, pack: Pack, context: ParallelContext, device: torch.device
+) -> MicroBatch:
+    """Lay a pack's sequences out and keep this rank's part.
+
+    Args:
+        batch: Holds the pack's sequences.
+        pack: Which sequences, and their padded lengths.
+        context: This rank's place.
+        device: Where the tensors go.
+    """
+    layout = pack.layout(context.cp_size, context.cp_rank)
+    tokens = torch.zeros(layout.num_tokens, dtype=torch.int64)
+    targets = torch.zeros_like(tokens)
+    mask = torch.zeros(layout.num_tokens, dtype=torch.bool)
+    advantages = torch.zeros(layout.num_tokens, dtype=torch.float32)
+    rollout_log_probs = torch.zeros_like(advantages)
+    response_lengths = torch.zeros(layout.num_sequences, dtype=torch.int64)
+    starts = batch.sequence_starts
+    for place, index in enumerate(pack.sequences):
+        source = slice(int(starts[index]), int(starts[index + 1]))
+        first = int(layout.cu_seqlens[place])
+        length = source.stop - source.start
+        ids = torch.from_numpy(batch.token_ids[source]).long()
+        counts = torch.from_numpy(batch.response_mask[source])
+        tokens[first : first + length] = ids
+        shifted = slice(first, first + length - 1)
+        targets[shifted] = ids[1:]
+        mask[shifted] = counts[1:]
+        rollout_log_probs[shifted] = torch.from_numpy(batch.rollout_log_probs[source])[1:]
+        advantages[shifted] = float(batch.advantages[index])
+        response_lengths[place] = counts[1:].sum()
+    local_mask = layout.shard(mask)
+    positions = local_mask.nonzero().squeeze(1)
+    return MicroBatch(
+        layout=layout,
+        sequences=pack.sequences,
+        token_ids=layout.shard(tokens)[None].to(device),
+        response_mask=local_mask.to(device),
+        response_positions=positions.to(device),
+        response_targets=layout.shard(targets)[positions].to(device),
+        response_lengths=response_lengths.to(device),
+        advantages=layout.shard(advantages).to(device),
+        rollout_log_probs=layout.shard(rollout_log_probs).to(device),
+    )

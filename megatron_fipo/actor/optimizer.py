@@ -1,0 +1,105 @@
+"""The actor's optimizer and learning-rate schedule, on megatron-core's."""
+
+import dataclasses
+import math
+from typing import Any
+
+import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_fipo.config.optimizer import OptimizerConfig
+from megatron_fipo.config.parallelism import ParallelismConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What one optimizer step did.
+
+    Attributes:
+        applied: Whether the weights changed.
+        grad_norm: Global norm of the gradient before clipping.
+    """
+
+    applied: bool
+    grad_norm: float
+
+
+class ActorOptimizer:
+    """Adam over this rank's model chunks, with clipping, warm-up and schedule.
+
+    Args:
+        chunks: Model chunks wrapped for data parallelism.
+        config: Optimizer settings.
+        parallelism: Whether optimizer state is sharded.
+        bf16: Whether the chunks are bfloat16, with float32 main weights.
+    """
+
+    def __init__(
+        self, chunks: list[Any], config: OptimizerConfig, parallelism: ParallelismConfig, bf16: bool
+    ) -> None:
+        self.chunks = chunks
+        self.config = config
+        self.optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.learning_rate,
+                min_lr=config.min_learning_rate,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.adam_beta1,
+                adam_beta2=config.adam_beta2,
+                adam_eps=config.adam_eps,
+                clip_grad=config.max_grad_norm,
+                bf16=bf16,
+                use_distributed_optimizer=parallelism.use_distributed_optimizer,
+            ),
+            chunks,
+        )
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=config.learning_rate,
+            min_lr=config.min_learning_rate,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=config.decay_steps or config.warmup_steps + 1,
+            lr_decay_style=config.schedule,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        # megatron-core's schedule starts at warm-up step 0 with a rate of 0; step 1 is the first useful one.
+        if config.warmup_steps:
+            self.schedule.step(increment=1)
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> StepOutcome:
+        """Clip the reduced gradient and update the weights; a gradient that is not finite changes nothing.
+
+        The schedule advances only with an applied step.
+        """
+        found_infinite = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if found_infinite or not math.isfinite(grad_norm):
+            return StepOutcome(applied=False, grad_norm=grad_norm)
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            parameters = part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, self.config.max_grad_norm, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        self.schedule.step(increment=1)
+        return StepOutcome(applied=True, grad_norm=grad_norm)

@@ -1,0 +1,166 @@
+"""One optimizer step on one mini-batch.
+
+The loss of a mini-batch is Σ numerators / D, with D summed over micro-batches, data- and context-parallel ranks. Every
+loss function returns its unnormalised sum and its local integer count; megatron-core reduces the gradient of the sum and
+divides it once by the reduced count, before clipping.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+from megatron_fipo.actor.forward import ActorForward, LossFunction, Scores
+from megatron_fipo.actor.micro_batch import MicroBatch
+from megatron_fipo.actor.optimizer import ActorOptimizer
+from megatron_fipo.algorithms.losses import LossInputs, policy_loss
+from megatron_fipo.config.algorithm import AlgorithmConfig
+from megatron_fipo.metrics.reduce import reduce_metrics, render_metrics
+from megatron_fipo.parallel.collectives import broadcast_json, gather_json
+from megatron_fipo.parallel.context import ParallelContext
+from megatron_fipo.types import Accumulator, merge_metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What one update did; the same on every rank.
+
+    Attributes:
+        applied: Whether the weights changed.
+        skip_reason: Why not, or "".
+        loss: Σ numerators / D; NaN where D is 0.
+        denominator: D.
+        grad_norm: Global norm before clipping; 0 where D is 0.
+        learning_rate: Rate the step was taken with.
+        metrics: Rendered metrics of the loss.
+    """
+
+    applied: bool
+    skip_reason: str
+    loss: float
+    denominator: int
+    grad_norm: float
+    learning_rate: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class TrainStep:
+    """Runs updates with one model, optimizer and algorithm.
+
+    Args:
+        forward: The actor's forward pass.
+        optimizer: The actor's optimizer.
+        algorithm: Policy loss.
+        context: This rank's place.
+    """
+
+    def __init__(
+        self,
+        forward: ActorForward,
+        optimizer: ActorOptimizer,
+        algorithm: AlgorithmConfig,
+        context: ParallelContext,
+    ) -> None:
+        self.forward, self.optimizer, self.algorithm, self.context = forward, optimizer, algorithm, context
+        self._denominator: Tensor | None = None
+        provider = forward.provider
+        provider.finalize_model_grads_func = self._finalize_gradients
+        if provider.bf16:
+            provider.grad_scale_func = optimizer.optimizer.scale_loss
+        if forward.chunks[0].ddp_config.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in forward.chunks]
+            provider.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def update(self, micro_batches: Sequence[MicroBatch]) -> UpdateResult:
+        """Take one optimizer step; collective over all ranks.
+
+        Nothing changes when no token is left after sequence drops (D = 0), or when loss or gradient is not finite.
+
+        Args:
+            micro_batches: This rank's micro-batches of the mini-batch, `old_log_probs` set on the last stage.
+        """
+        self.optimizer.zero_grad()
+        learning_rate = self.optimizer.learning_rate
+        parts = self.forward.run(micro_batches, self._loss_function, forward_only=False)
+        assert self._denominator is not None, "the schedule did not finalize the gradients"
+        denominator = int(self._denominator.item())
+        summary = self._summarise(micro_batches, parts)
+        loss = summary["numerator"] / denominator if denominator else math.nan
+        grad_norm, applied, reason = 0.0, False, ""
+        if denominator == 0:
+            reason = "no response token is left to learn from (all masked, or every sequence dropped)"
+        elif not math.isfinite(loss):
+            reason = f"the loss is {loss}, first in {summary['culprit']}"
+        else:
+            outcome = self.optimizer.step()
+            grad_norm, applied = outcome.grad_norm, outcome.applied
+            if not applied:
+                reason = f"the gradient norm is {grad_norm}, the loss is finite"
+        return UpdateResult(
+            applied=applied,
+            skip_reason=reason,
+            loss=loss,
+            denominator=denominator,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            metrics=summary["metrics"],
+        )
+
+    def _loss_function(self, micro_batch: MicroBatch) -> LossFunction:
+        def loss(scores: Scores) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            assert micro_batch.old_log_probs is not None, "old log-probabilities come before the first update"
+            output = policy_loss(
+                LossInputs(
+                    log_probs=scores[0],
+                    old_log_probs=micro_batch.old_log_probs,
+                    advantages=micro_batch.advantages,
+                    response_mask=micro_batch.response_mask,
+                    response_lengths=micro_batch.response_lengths,
+                    layout=micro_batch.layout,
+                    rollout_log_probs=micro_batch.rollout_log_probs,
+                    entropy=scores[1],
+                ),
+                self.algorithm,
+                group=self.context.cp_group,
+            )
+            report = {"numerator": output.numerator.detach(), "metrics": output.metrics}
+            return output.numerator, output.denominator.int(), report
+
+        return loss
+
+    def _finalize_gradients(self, model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
+        """Reduce and divide the gradient, and keep the reduced count, which upstream writes into `num_tokens`."""
+        finalize_model_grads(model, num_tokens, **kwargs)
+        self._denominator = num_tokens
+
+    def _summarise(self, micro_batches: Sequence[MicroBatch], parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Loss sum and metrics over all ranks, on all ranks."""
+        context = self.context
+        summary: dict[str, Any] = {}
+        if context.is_pipeline_last_stage:
+            numerators = torch.stack([part["numerator"] for part in parts])
+            metrics = merge_metrics([part["metrics"] for part in parts])
+            metrics["numerator"] = Accumulator.sum(numerators)
+            rendered = render_metrics(reduce_metrics(metrics, context.dp_cp_group))
+            summary = {"numerator": rendered.pop("numerator"), "metrics": rendered, "culprit": ""}
+            if not math.isfinite(summary["numerator"]):
+                summary["culprit"] = self._find_culprit(micro_batches, numerators)
+        if context.pp_size > 1:
+            last = dist.get_global_rank(context.pp_group, context.pp_size - 1)
+            summary = broadcast_json(summary, last, context.pp_group)
+        return summary
+
+    def _find_culprit(self, micro_batches: Sequence[MicroBatch], numerators: Tensor) -> str:
+        """Where the loss is not finite first: rank, micro-batch, and its sequences in the rollout batch."""
+        finite = torch.isfinite(numerators).tolist()
+        bad = [number for number, ok in enumerate(finite) if not ok]
+        mine = [[self.context.rank, number, list(micro_batches[number].sequences)] for number in bad[:1]]
+        found = [entry for part in gather_json(mine, self.context.dp_cp_group) for entry in part]
+        rank, number, sequences = found[0]
+        return f"micro-batch {number} of rank {rank} (sequences {sequences} of that rank's share)"

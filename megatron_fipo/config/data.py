@@ -1,0 +1,107 @@
+"""Where prompts come from."""
+
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_fipo.config.base import config_class, require
+
+
+@config_class
+class JsonlPrompts:
+    """Prompts from a JSONL file: one object a line."""
+
+    type: Literal["jsonl"] = "jsonl"
+    """Selects this kind."""
+
+    path: Path
+    """The file."""
+
+    prompt_field: str = "prompt"
+    """Key of the prompt: a string, or a list of chat messages."""
+
+    answer_field: str = "answer"
+    """Key of the reference answer."""
+
+
+@config_class
+class ReasoningGymPrompts:
+    """Prompts from a reasoning-gym task generator."""
+
+    type: Literal["reasoning_gym"] = "reasoning_gym"
+    """Selects this kind."""
+
+    task: str
+    """Name of the task, such as chain_sum."""
+
+    size: int = 10_000
+    """Number of problems in the set."""
+
+    seed: int = 0
+    """Seed of the generator; sets with other seeds hold other problems."""
+
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """The task's own parameters, such as min_terms."""
+
+    question_template: str = "{question}"
+    """Text around the question; {question} is replaced."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            self.size >= 1,
+            field="size",
+            value=self.size,
+            rule="must be at least 1",
+            way_out="give the number of problems",
+        )
+        require(
+            "{question}" in self.question_template,
+            field="question_template",
+            value=self.question_template,
+            rule="must contain {question}",
+            way_out="put {question} where the problem goes",
+        )
+
+
+PromptSource = JsonlPrompts | ReasoningGymPrompts
+
+
+@config_class
+class DataConfig:
+    """Training and evaluation prompts."""
+
+    train: PromptSource
+    """Prompts that rollouts are drawn from."""
+
+    evaluation: PromptSource | None = None
+    """Held-out prompts; null leaves evaluation out."""
+
+    prompt_format: Literal["chat", "raw"] = "chat"
+    """"chat" puts the prompt through the tokenizer's chat template, "raw" tokenizes the text as it is."""
+
+    system_prompt: str | None = None
+    """System message in front of every chat prompt."""
+
+    max_prompt_tokens: int = 2048
+    """Longer prompts are skipped and counted."""
+
+    shuffle: bool = True
+    """Draw prompts in a seeded random order, anew each epoch; else in file order."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations."""
+        require(
+            self.max_prompt_tokens >= 1,
+            field="max_prompt_tokens",
+            value=self.max_prompt_tokens,
+            rule="must be at least 1",
+            way_out="2048 is a good value",
+        )
+        require(
+            self.system_prompt is None or self.prompt_format == "chat",
+            field="system_prompt",
+            value=self.system_prompt,
+            rule='needs prompt_format = "chat"',
+            way_out='set prompt_format to "chat", or put the text into the prompts',
+        )

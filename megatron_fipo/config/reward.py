@@ -1,0 +1,48 @@
+"""How a response is scored."""
+
+from typing import Literal
+
+from megatron_fipo.config.base import config_class, require
+
+
+@config_class
+class RewardConfig:
+    """The reward of one response."""
+
+    type: Literal["exact_match", "reasoning_gym"] = "exact_match"
+    """"exact_match" compares the extracted answer with the reference; "reasoning_gym" asks the task's own scorer."""
+
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the answer, the last match counting; null takes the whole response."""
+
+    require_stop: bool = True
+    """A response cut off by the token limit scores 0."""
+
+    score_threshold: float = 0.99
+    """A reasoning-gym score at or above this is a reward of 1, else 0."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        import re
+
+        require(
+            0 < self.score_threshold <= 1,
+            field="score_threshold",
+            value=self.score_threshold,
+            rule="must lie in (0, 1]",
+            way_out="0.99 is a good value",
+        )
+        if self.answer_pattern is not None:
+            try:
+                groups = re.compile(self.answer_pattern).groups
+            except re.error as error:
+                groups, problem = 0, f"must be a regular expression ({error})"
+            else:
+                problem = "must have a group that holds the answer"
+            require(
+                groups >= 1,
+                field="answer_pattern",
+                value=self.answer_pattern,
+                rule=problem,
+                way_out='write the answer\'s part in parentheses, such as "#(\\d+)"',
+            )

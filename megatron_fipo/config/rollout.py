@@ -1,0 +1,80 @@
+"""How responses are generated."""
+
+from typing import Literal
+
+from megatron_fipo.config.base import config_class, require
+
+
+@config_class
+class RolloutConfig:
+    """Sampling, the engine, and how far it may run ahead."""
+
+    engine: Literal["embedded"] = "embedded"
+    """"embedded": a transformers model in the trainer's own processes, bitwise repeatable."""
+
+    num_prompts_per_step: int = 512
+    """Prompts (groups) in one training batch."""
+
+    group_size: int = 16
+    """Samples of each prompt."""
+
+    max_response_tokens: int = 20480
+    """Longest response, in tokens."""
+
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities are taken at it everywhere."""
+
+    top_p: float = 1.0
+    """Nucleus of the sampling distribution; 1 samples from all of it."""
+
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, beside the model's own end-of-sequence tokens."""
+
+    policy_lag: int = 0
+    """Weight versions that generation may be behind training; 0 is synchronous."""
+
+    max_generation_rounds: int = 10
+    """With dynamic sampling: rounds of new prompts for one batch before the run stops with the reason."""
+
+    max_batch_sequences: int = 256
+    """Sequences that the embedded engine decodes at once on each rank."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations."""
+        for field in (
+            "num_prompts_per_step",
+            "group_size",
+            "max_response_tokens",
+            "max_generation_rounds",
+            "max_batch_sequences",
+        ):
+            value = getattr(self, field)
+            require(value >= 1, field=field, value=value, rule="must be at least 1", way_out="raise it")
+        require(
+            self.temperature > 0,
+            field="temperature",
+            value=self.temperature,
+            rule="must be greater than 0 (log-probabilities of a greedy policy do not exist)",
+            way_out="1.0 is the usual value",
+        )
+        require(
+            0 < self.top_p <= 1,
+            field="top_p",
+            value=self.top_p,
+            rule="must lie in (0, 1]",
+            way_out="1.0 is the usual value",
+        )
+        require(
+            self.policy_lag == 0 or self.engine != "embedded",
+            field="policy_lag",
+            value=self.policy_lag,
+            rule="must be 0 with the embedded engine, which shares the trainer's processes",
+            way_out="set it to 0",
+        )
+        require(
+            self.policy_lag >= 0,
+            field="policy_lag",
+            value=self.policy_lag,
+            rule="must not be negative",
+            way_out="0 is synchronous",
+        )

@@ -1,0 +1,121 @@
+"""The whole run: every section, and the checks that span sections."""
+
+from pathlib import Path
+from typing import Literal
+
+from megatron_fipo.config.algorithm import AlgorithmConfig
+from megatron_fipo.config.base import config_class, require
+from megatron_fipo.config.checkpoint import CheckpointConfig
+from megatron_fipo.config.data import DataConfig
+from megatron_fipo.config.evaluation import EvaluationConfig
+from megatron_fipo.config.metrics import MetricsConfig
+from megatron_fipo.config.model import ModelConfig
+from megatron_fipo.config.optimizer import OptimizerConfig
+from megatron_fipo.config.parallelism import ParallelismConfig
+from megatron_fipo.config.reward import RewardConfig
+from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.config.weight_sync import WeightSyncConfig
+
+
+@config_class
+class RunConfig:
+    """Everything `megatron-fipo train` needs to know."""
+
+    output_dir: Path
+    """Run directory; must be new or empty."""
+
+    num_steps: int
+    """Steps: each is one rollout batch and algorithm.updates_per_rollout optimizer steps."""
+
+    seed: int = 1
+    """Seed of prompt order, sampling and initialisation."""
+
+    mode: Literal["train", "train_only", "rollout_only"] = "train"
+    """"train" does everything, "train_only" trains on recorded rollouts, "rollout_only" records them."""
+
+    recorded_rollouts: Path | None = None
+    """Folder of recorded rollout batches, read by train_only; rollout_only writes to `rollouts/` in the run directory."""
+
+    model: ModelConfig
+    """The model."""
+
+    data: DataConfig
+    """Prompts."""
+
+    algorithm: AlgorithmConfig
+    """Policy loss: fipo, dapo or grpo."""
+
+    reward: RewardConfig = RewardConfig()
+    """Scoring."""
+
+    rollout: RolloutConfig = RolloutConfig()
+    """Generation."""
+
+    parallelism: ParallelismConfig = ParallelismConfig()
+    """Process grid and micro-batches."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer."""
+
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    """Weights to the engine."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out accuracy."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Exports."""
+
+    metrics: MetricsConfig = MetricsConfig()
+    """Metrics and samples."""
+
+    def __post_init__(self) -> None:
+        """Check what spans sections."""
+        require(
+            self.num_steps >= 1,
+            field="num_steps",
+            value=self.num_steps,
+            rule="must be at least 1",
+            way_out="give the number of steps",
+        )
+        require(
+            (self.mode == "train_only") == (self.recorded_rollouts is not None),
+            field="recorded_rollouts",
+            value=self.recorded_rollouts,
+            rule=f'must be given with mode = "train_only" and only then (mode is "{self.mode}")',
+            way_out="name the folder that a rollout_only run wrote, or set mode",
+        )
+        require(
+            self.rollout.num_prompts_per_step % self.algorithm.updates_per_rollout == 0,
+            field="rollout.num_prompts_per_step",
+            value=self.rollout.num_prompts_per_step,
+            rule=f"must be a multiple of algorithm.updates_per_rollout = {self.algorithm.updates_per_rollout}",
+            way_out="change either, so that every mini-batch has the same number of groups",
+        )
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        multiple = self.parallelism.pack_multiple
+        padded = -(-longest // multiple) * multiple
+        require(
+            padded <= self.parallelism.max_tokens_per_micro_batch,
+            field="parallelism.max_tokens_per_micro_batch",
+            value=self.parallelism.max_tokens_per_micro_batch,
+            rule=(
+                f"must hold the longest sequence: data.max_prompt_tokens = {self.data.max_prompt_tokens} + "
+                f"rollout.max_response_tokens = {self.rollout.max_response_tokens}, padded to {padded}"
+            ),
+            way_out=f"raise it to at least {padded}, or shorten prompts or responses",
+        )
+        require(
+            self.model.context_length is None or longest <= self.model.context_length,
+            field="model.context_length",
+            value=self.model.context_length,
+            rule=f"must hold the longest sequence of {longest} tokens",
+            way_out=f"raise it to at least {longest}, or shorten prompts or responses",
+        )
+        require(
+            self.rollout.group_size >= 2,
+            field="rollout.group_size",
+            value=self.rollout.group_size,
+            rule="must be at least 2: advantages are relative to the group",
+            way_out="8 or 16 are good values",
+        )

@@ -1,0 +1,178 @@
+"""Hugging Face folder ↔ megatron-core model, on megatron-bridge.
+
+Loading: every tensor is read from disk by one rank (the tensor-parallel leader of the first replica that holds it),
+scattered inside its tensor-parallel group, and broadcast to the other replicas. Exporting: a stream of full tensors
+under their Hugging Face names, in which every rank takes part.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.conversion.bridge_import import import_bridge
+from megatron_fipo.conversion.hf_folder import INDEX_NAME, SINGLE_NAME, check_weights, read_model_config
+from megatron_fipo.parallel.context import ParallelContext
+
+_VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class HfBridge:
+    """One Hugging Face model folder and its translation to megatron-core.
+
+    Args:
+        folder: Model folder with config.json and safetensors.
+        context_length: Overrides the longest position, here and in every export.
+        rope_base: Overrides the base of the rotary embedding, here and in every export.
+
+    Raises:
+        ConfigError: The folder is missing, incomplete, or of an architecture that cannot be translated.
+    """
+
+    def __init__(self, folder: Path, context_length: int | None = None, rope_base: float | None = None) -> None:
+        self.folder = folder
+        self.source_config = read_model_config(folder)
+        self.shapes = check_weights(folder)
+        self._context_length, self._rope_base = context_length, rope_base
+        auto_bridge = import_bridge().AutoBridge
+        try:
+            self._bridge = auto_bridge.from_hf_pretrained(str(folder))
+        except ValueError as error:
+            raise ConfigError(
+                field="model.path",
+                value=str(folder),
+                rule=f"must be an architecture that megatron-bridge translates ({_first_line(error)})",
+                way_out="choose a supported architecture, such as Qwen2, Qwen3, Qwen3-MoE or Llama",
+            ) from error
+        self._export_tasks: Any = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding in the Hugging Face model, before any padding."""
+        return int(self.source_config["vocab_size"])
+
+    def provider(self) -> Any:
+        """A fresh megatron-bridge provider (a TransformerConfig that can build the model), overrides applied."""
+        provider = self._bridge.to_megatron_provider(load_weights=False)
+        provider.seq_length = self._context_length or int(self.source_config["max_position_embeddings"])
+        if self._rope_base is not None:
+            provider.rotary_base = self._rope_base
+        return provider
+
+    def export_config(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Contents of config.json for an export in `dtype`, overrides applied."""
+        config = copy.deepcopy(self.source_config)
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        if self._context_length is not None:
+            config["max_position_embeddings"] = self._context_length
+        if self._rope_base is not None:
+            # transformers 5 reads rope_parameters; older readers know rope_theta alone.
+            config["rope_theta"] = self._rope_base
+            if isinstance(config.get("rope_parameters"), dict):
+                config["rope_parameters"]["rope_theta"] = self._rope_base
+        return config
+
+    def load(self, model: list[Any], context: ParallelContext) -> None:
+        """Fill the model chunks from the folder; collective over all ranks.
+
+        Raises:
+            ConfigError: The folder lacks a tensor that the model needs.
+        """
+        source = self._bridge.hf_pretrained
+        reader = _LazySource(self.folder, self.shapes, context)
+        tasks = self._bridge._model_bridge.build_conversion_tasks(source, model)
+        self._check_complete(tasks)
+        source.state.source = reader
+        try:
+            self._bridge.load_hf_weights(model)
+        finally:
+            source._state_dict_accessor = None
+        for chunk in model:
+            for parameter in chunk.parameters():
+                is_expert = not getattr(parameter, "allreduce", True)
+                group = context.groups.expt_dp if is_expert else context.dp_cp_group
+                if group.size() > 1:
+                    dist.broadcast(parameter.data, src=dist.get_global_rank(group, 0), group=group)
+
+    def _check_complete(self, tasks: list[Any]) -> None:
+        needed: set[str] = set()
+        for task in tasks:
+            names = task.mapping.hf_param
+            needed.update([names] if isinstance(names, str) else names.values())
+        absent = sorted(name for name in needed if name not in self.shapes and "*" not in name)
+        if absent:
+            raise ConfigError(
+                field="model.path",
+                value=str(self.folder),
+                rule=f"lacks {len(absent)} tensors that the model needs, {absent[0]} first",
+                way_out="fetch the model's weight files again, or check config.json (tie_word_embeddings?)",
+            )
+
+    def export(self, model: list[Any], dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Stream (Hugging Face name, full tensor) pairs; every rank takes part and every rank gets every tensor.
+
+        Args:
+            model: Model chunks of this rank, without data-parallel wrappers.
+            dtype: Type of the tensors; by default the parameters' own.
+
+        Yields:
+            Pairs in a fixed order, padding rows of the vocabulary trimmed. A tensor may be a view of a live parameter:
+            copy it to keep it.
+        """
+        if self._export_tasks is None:
+            bridge = self._bridge
+            self._export_tasks = bridge._model_bridge.build_conversion_tasks(bridge.hf_pretrained, model)
+        stream = self._bridge.export_hf_weights(
+            model, cpu=False, show_progress=False, conversion_tasks=self._export_tasks
+        )
+        for name, tensor in stream:
+            if name in _VOCABULARY_TENSORS:
+                tensor = tensor[: self.vocab_size]
+            yield name, tensor.detach() if dtype is None else tensor.detach().to(dtype)
+
+
+class _LazySource:
+    """A state source for megatron-bridge that reads a tensor only on the rank whose copy is used.
+
+    Elsewhere it hands out uninitialised memory of the right shape, which megatron-bridge overwrites or ignores.
+    """
+
+    def __init__(self, folder: Path, shapes: dict[str, list[int]], context: ParallelContext) -> None:
+        self._folder, self._shapes = folder, shapes
+        groups = context.groups
+        self._reads_dense = context.tp_rank == 0 and context.dp_cp_group.rank() == 0
+        self._reads_experts = groups.expt_tp.rank() == 0 and groups.expt_dp.rank() == 0
+        index = folder / INDEX_NAME
+        self._files = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+        self.tensors_read = 0
+
+    def get_all_keys(self) -> list[str]:
+        return sorted(self._shapes)
+
+    def load_tensors(self, keys: list[str]) -> dict[str, Tensor]:
+        return {key: self._load(key) for key in keys}
+
+    def _load(self, key: str) -> Tensor:
+        with safe_open(self._folder / self._files.get(key, SINGLE_NAME), framework="pt") as file:
+            if self._reads_experts if ".experts." in key else self._reads_dense:
+                self.tensors_read += 1
+                return file.get_tensor(key)
+            dtype = _SAFETENSORS_DTYPES[file.get_slice(key).get_dtype()]
+        return torch.empty(self._shapes[key], dtype=dtype)
+
+    def has_glob(self, pattern: str) -> bool:
+        prefix, _, suffix = pattern.partition("*")
+        return any(key.startswith(prefix) and key.endswith(suffix) for key in self._shapes)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

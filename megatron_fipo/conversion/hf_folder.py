@@ -1,0 +1,169 @@
+"""Checks a Hugging Face model folder before anything is built from it, and writes one."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_fipo.config.base import ConfigError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# Files beside the weights that an export carries over unchanged.
+_CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        ConfigError: The folder or its config.json is missing or unreadable.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            field="model.path",
+            value=str(folder),
+            rule="must be a Hugging Face model folder, and there is no such folder",
+            way_out="download or create the model there, or correct the path",
+        )
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        rule = "must contain config.json, and it does not"
+    except json.JSONDecodeError as error:
+        rule = f"must contain a readable config.json, and it is not JSON (line {error.lineno}: {error.msg})"
+    raise ConfigError(
+        field="model.path", value=str(folder), rule=rule, way_out="fetch the model's files again"
+    )
+
+
+def check_weights(folder: Path) -> dict[str, list[int]]:
+    """Check that every weight file is there and whole, reading headers alone.
+
+    Returns:
+        Shape of every tensor by its name.
+
+    Raises:
+        ConfigError: There are no safetensors, a listed file is missing, or a file is shorter than its header says
+            (a download that stopped half-way).
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    elif (folder / SINGLE_NAME).is_file():
+        weight_map, names = None, [SINGLE_NAME]
+    else:
+        raise _weights_error(folder, f"must contain {SINGLE_NAME} or {INDEX_NAME}, and it has neither")
+    shapes: dict[str, list[int]] = {}
+    for name in names:
+        shapes.update(_check_file(folder, folder / name))
+    absent = sorted(set(weight_map or ()) - set(shapes))
+    if absent:
+        raise _weights_error(folder, f"lacks {len(absent)} tensors that its index lists, {absent[0]} first")
+    return shapes
+
+
+def _check_file(folder: Path, path: Path) -> dict[str, list[int]]:
+    if not path.is_file():
+        raise _weights_error(folder, f"lacks the weight file {path.name} that its index lists")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + header_size > size:
+            raise _weights_error(folder, f"has a cut-off weight file: {path.name} ends inside its header")
+        header = json.loads(file.read(header_size))
+    header.pop("__metadata__", None)
+    needed = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < needed:
+        raise _weights_error(folder, f"has a cut-off weight file: {path.name} is {size} of {needed} bytes")
+    return {name: entry["shape"] for name, entry in header.items()}
+
+
+def _weights_error(folder: Path, rule: str) -> ConfigError:
+    return ConfigError(
+        field="model.path", value=str(folder), rule=rule, way_out="fetch the model's weight files again"
+    )
+
+
+class HfFolderWriter:
+    """Writes a Hugging Face folder shard by shard and makes it appear complete or not at all.
+
+    Args:
+        target: Folder to write; must not exist.
+        source: Folder that tokenizer and generation files come from.
+        config: Contents of config.json.
+        max_shard_bytes: Size a weight file may reach.
+    """
+
+    def __init__(
+        self, target: Path, source: Path, config: dict[str, Any], max_shard_bytes: int = 5 * 1024**3
+    ) -> None:
+        self.target, self.source, self.config = target, source, config
+        self.max_shard_bytes = max_shard_bytes
+        self.partial = target.with_name(f".{target.name}.partial")
+        self._shard: dict[str, Tensor] = {}
+        self._shard_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write all tensors, then the files beside them, then move the folder into place."""
+        if self.target.exists():
+            raise FileExistsError(f"{self.target}: already exists; choose another export folder or remove it")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        for name, tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            if self._shard and self._shard_bytes + size > self.max_shard_bytes:
+                self._flush()
+            # A copy: the tensor may be a view of a buffer that the stream reuses.
+            self._shard[name] = tensor.detach().cpu().clone().contiguous()
+            self._shard_bytes += size
+        self._flush()
+        self._finish()
+
+    def _flush(self) -> None:
+        save_file(
+            self._shard, self.partial / f"shard-{len(self._shards):05d}.safetensors", metadata={"format": "pt"}
+        )
+        self._shards.append(list(self._shard))
+        self._total_bytes += self._shard_bytes
+        self._shard, self._shard_bytes = {}, 0
+
+    def _finish(self) -> None:
+        count = len(self._shards)
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            final = SINGLE_NAME if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            (self.partial / f"shard-{number:05d}.safetensors").rename(self.partial / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            (self.partial / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (self.partial / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        for name in _CARRIED:
+            if (self.source / name).is_file():
+                shutil.copyfile(self.source / name, self.partial / name)
+        for path in self.partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        self.partial.rename(self.target)
