@@ -25,6 +25,9 @@ class Absent:
     def __str__(self) -> str:
         return "(not given)"
 
+    def __repr__(self) -> str:
+        return "ABSENT"
+
     def __reduce__(self) -> str:
         return "ABSENT"
 
@@ -36,8 +39,8 @@ class ConfigError(ValueError):
     """A configuration value that cannot be used, told as `field = value: rule; way out`.
 
     Attributes:
-        field: Dotted path of the field. A section names its own fields; the path to the section is put in front
-            of them while a file or a command line is read.
+        field: Dotted path of the field. A section names its own fields; the path to the section is put in
+            front of them while a file or a command line is read.
         value: What was given.
         rule: What the value breaks.
         way_out: What to write instead.
@@ -58,8 +61,8 @@ class ConfigError(ValueError):
         """Return this error with its field seen from the root.
 
         Args:
-            path: Keys from the root to the section that raised the error. Trailing keys that the field already
-                starts with are not repeated, so a section may also write its field with its own name in front.
+            path: Keys from the root to the section that raised the error. Trailing keys that the field
+                already starts with are not repeated: a section may write its field with its name in front.
         """
         keys = tuple(self.field.split("."))
         own = max(size for size in range(len(path) + 1) if keys[:size] == tuple(path[len(path) - size :]))
