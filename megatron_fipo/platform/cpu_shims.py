@@ -8,6 +8,7 @@ version guard refuses releases that nobody has looked at, and `tests/unit/platfo
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import os
 import time
@@ -96,6 +97,8 @@ def install() -> None:
         )
     # jit_fuser is torch.compile: on CPU it costs half a minute of compilation and saves nothing.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # torch.compile keeps tables of torch.cuda's functions, so megatron-core, which uses it, is imported unpatched.
+    importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     _patch_cuda_module()
     _patch_factories()
     _patch_tensor_methods()
