@@ -130,11 +130,11 @@ install_packages() {
 take_turn
 if [ -d "$venv" ] && [ -n "$(ls -A "$venv")" ]; then
     if ! runs; then
-        say "$venv has no working Python 3.12; making it anew"
         remove_venv
+        say "$venv had no working Python 3.12; making it anew"
     elif [ "$(cat "$state_file" 2>/dev/null)" = incomplete ]; then
-        say "an earlier set-up of $venv was interrupted; making it anew (downloads are kept)"
         remove_venv
+        say "an earlier set-up of $venv was interrupted; making it anew (downloads are kept)"
     elif [ "$(cat "$state_file" 2>/dev/null)" = "$(inputs_digest)" ]; then
         say "$venv is up to date (${SECONDS} s)"
         exit 0
