@@ -7,7 +7,7 @@ under their Hugging Face names, in which every rank takes part.
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,18 @@ class HfBridge:
         Raises:
             ConfigError: The folder lacks a tensor that the model needs.
         """
-        source = self._bridge.hf_pretrained
-        reader = _LazySource(self.folder, self.shapes, context)
-        tasks = self._bridge._model_bridge.build_conversion_tasks(source, model)
+        translation = self._bridge._model_bridge
+        tasks = translation.build_conversion_tasks(self._bridge.hf_pretrained, model)
         self._check_complete(tasks)
-        source.state.source = reader
-        try:
-            self._bridge.load_hf_weights(model)
-        finally:
-            source._state_dict_accessor = None
+        source = _LazySource(self.folder, self.shapes, context)
+        for task in tasks:
+            if task.megatron_module is None:
+                continue
+            weights = translation.maybe_modify_loaded_hf_weight(task.mapping.hf_param, source)
+            shard = task.mapping.hf_to_megatron(weights, task.megatron_module)
+            with torch.no_grad():
+                task.param_weight.copy_(shard)
+        _share_tied_embedding(model, context)
         for chunk in model:
             for parameter in chunk.parameters():
                 is_expert = not getattr(parameter, "allreduce", True)
@@ -140,8 +143,8 @@ class HfBridge:
             yield name, tensor.detach() if dtype is None else tensor.detach().to(dtype)
 
 
-class _LazySource:
-    """A state source for megatron-bridge that reads a tensor only on the rank whose copy is used.
+class _LazySource(Mapping[str, Tensor]):
+    """The folder's tensors for megatron-bridge, read only on the rank whose copy is used.
 
     Elsewhere it hands out uninitialised memory of the right shape, which megatron-bridge overwrites or ignores.
     """
@@ -153,25 +156,34 @@ class _LazySource:
         self._reads_experts = groups.expt_tp.rank() == 0 and groups.expt_dp.rank() == 0
         index = folder / INDEX_NAME
         self._files = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-        self.tensors_read = 0
 
-    def get_all_keys(self) -> list[str]:
-        return sorted(self._shapes)
-
-    def load_tensors(self, keys: list[str]) -> dict[str, Tensor]:
-        return {key: self._load(key) for key in keys}
-
-    def _load(self, key: str) -> Tensor:
+    def __getitem__(self, key: str) -> Tensor:
+        reads = self._reads_experts if ".experts." in key else self._reads_dense
         with safe_open(self._folder / self._files.get(key, SINGLE_NAME), framework="pt") as file:
-            if self._reads_experts if ".experts." in key else self._reads_dense:
-                self.tensors_read += 1
+            if reads:
                 return file.get_tensor(key)
             dtype = _SAFETENSORS_DTYPES[file.get_slice(key).get_dtype()]
         return torch.empty(self._shapes[key], dtype=dtype)
 
-    def has_glob(self, pattern: str) -> bool:
-        prefix, _, suffix = pattern.partition("*")
-        return any(key.startswith(prefix) and key.endswith(suffix) for key in self._shapes)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _share_tied_embedding(model: list[Any], context: ParallelContext) -> None:
+    """Give the last pipeline stage's copy of a tied embedding the first stage's values."""
+    if context.pp_size == 1 or not model[0].share_embeddings_and_output_weights:
+        return
+    if context.pp_rank == 0:
+        weight = model[0].embedding.word_embeddings.weight
+    elif context.is_pipeline_last_stage:
+        weight = model[-1].output_layer.weight
+    else:
+        return
+    group = context.groups.embd
+    dist.broadcast(weight.data, src=dist.get_global_rank(group, 0), group=group)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,33 @@
+"""Log lines of a run: one format, the rank in front, upstream chatter turned down."""
+
+import logging
+import os
+import sys
+import warnings
+
+_UPSTREAM = ("megatron", "transformers", "torch", "filelock", "asyncio", "nv_one_logger", "root")
+
+
+def setup_logging(rank: int, level: int = logging.INFO) -> None:
+    """Write log lines to stderr: everything from rank 0, warnings from the others.
+
+    Args:
+        rank: Global rank, shown in every line.
+        level: Lowest level that rank 0 shows of this package's own lines.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
+    own = logging.getLogger("megatron_fipo")
+    own.handlers[:] = [handler]
+    own.setLevel(level if rank == 0 else logging.WARNING)
+    own.propagate = False
+    quiet_upstream()
+
+
+def quiet_upstream() -> None:
+    """Show errors alone of the libraries below: their start-up chatter hides this run's own lines."""
+    for name in _UPSTREAM:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)(\..*)?")
