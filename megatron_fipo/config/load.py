@@ -201,7 +201,7 @@ def _variant(sections: Sequence[Any], raw: Mapping[Any, Any], keys: Keys) -> Any
         return sections[0]
     named = {name: cls for cls in sections for name in get_args(_fields(cls)["type"][0])}
     name = raw.get("type", ABSENT)
-    if name in named:
+    if isinstance(name, str) and name in named:
         return named[name]
     raise ConfigError(
         field=".".join((*keys, "type")),

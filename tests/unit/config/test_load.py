@@ -309,6 +309,7 @@ def test_named_sections_can_be_overridden(load):
             [],
             "method.type = fats: it must say which variant this section is; did you mean fast?",
         ),
+        ("steps: 2\nmethod: {type: [fast]}", [], "method.type = ['fast']: it must say which variant"),
         (
             "steps: 2\noptimizer:",
             [],
