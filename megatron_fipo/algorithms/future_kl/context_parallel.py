@@ -59,7 +59,7 @@ def future_kl(
     local = torch.stack([heads, counts], dim=-1).reshape(layout.num_sequences, 2, 2)
     chunks = _gather_chunks(local, layout, group)
     carry = _carries(chunks[..., 0], decay_half_life_tokens, layout).reshape(-1)
-    decay = torch.exp2(-plan.distances_to_end() / decay_half_life_tokens)
+    decay = torch.exp2(-plan.distances_to_end().double() / decay_half_life_tokens)
     sums = sums + decay * carry[plan.segment_ids]
     return sums.to(result_dtype(log_ratio)), chunks[..., 1].sum(dim=1).long()
 

@@ -1,0 +1,159 @@
+import dataclasses
+import math
+
+import pytest
+
+from megatron_fipo.config.algorithm import (
+    FIPO_PRESETS,
+    DapoConfig,
+    FipoConfig,
+    GrpoConfig,
+    effective_algorithm,
+)
+from megatron_fipo.config.base import ConfigError
+
+OFFICIAL_32B = {
+    "updates_per_rollout": 8,
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": 10.0,
+    "aggregation": "official_micro_batch",
+    "normalize_advantages_by_std": True,
+    "advantage_epsilon": 1e-6,
+    "drop_zero_variance_groups": True,
+    "rollout_importance_cap": None,
+    "log_ratio_clamp": 20.0,
+    "type": "fipo",
+    "decay_half_life_tokens": 32.0,
+    "influence_clip_low": 1.0,
+    "influence_clip_high": 1.2,
+    "participation_mask": "all_tokens",
+    "safety_threshold": 10.0,
+    "safety_mode": "clamp",
+    "sequence_drop": True,
+    "sequence_drop_max_clipped_tokens": 1,
+}
+PAPER_V2 = {**OFFICIAL_32B, "aggregation": "token_mean", "safety_mode": "reset", "sequence_drop": False}
+PUBLISHED = {
+    "official-32b": OFFICIAL_32B,
+    "official-7b": {**OFFICIAL_32B, "influence_clip_low": 0.8, "safety_threshold": 3.0},
+    "paper-v1": {**PAPER_V2, "participation_mask": "negative_advantage"},
+    "paper-v2": PAPER_V2,
+}
+
+
+@pytest.mark.parametrize("name", FIPO_PRESETS)
+def test_presets_are_the_published_values(name):
+    assert dataclasses.asdict(FipoConfig.preset(name)) == PUBLISHED[name]
+
+
+def test_every_preset_sets_every_field():
+    fields = {field.name for field in dataclasses.fields(FipoConfig)} - {"type"}
+    assert list(FIPO_PRESETS) == list(PUBLISHED)
+    for values in FIPO_PRESETS.values():
+        assert set(values) == fields
+
+
+def test_preset_with_overrides():
+    config = FipoConfig.preset("official-7b", decay_half_life_tokens=128.0)
+    assert dataclasses.asdict(config) == {**PUBLISHED["official-7b"], "decay_half_life_tokens": 128.0}
+
+
+def test_unknown_preset_and_unknown_field_are_refused():
+    with pytest.raises(ConfigError, match=r"preset = '?official-8b'?: .*official-7b"):
+        FipoConfig.preset("official-8b")
+    with pytest.raises(ConfigError, match=r"decay_rate = 32: no such field; .*decay_half_life_tokens"):
+        FipoConfig.preset("official-7b", decay_rate=32)
+
+
+def test_defaults_of_the_three_algorithms():
+    default = dataclasses.asdict(FipoConfig())
+    assert default == {**OFFICIAL_32B, "aggregation": "token_mean"}
+    dapo = dataclasses.asdict(DapoConfig())
+    assert dapo == {**{key: default[key] for key in dapo}, "type": "dapo"}
+    assert dataclasses.asdict(GrpoConfig()) == {
+        **dapo,
+        "type": "grpo",
+        "clip_high": 0.2,
+        "dual_clip": None,
+        "aggregation": "sequence_mean",
+        "drop_zero_variance_groups": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"updates_per_rollout": 0}, "at least 1"),
+        ({"clip_low": 0.0}, "between 0 and 1"),
+        ({"clip_low": 1.0}, "between 0 and 1"),
+        ({"clip_high": 0.0}, "positive and finite"),
+        ({"clip_high": math.nan}, "positive and finite"),
+        ({"dual_clip": 1.0}, "above 1"),
+        ({"dual_clip": 1e9}, "below exp"),
+        ({"advantage_epsilon": -1e-6}, "not negative"),
+        ({"rollout_importance_cap": 0.5}, "at least 1"),
+        ({"log_ratio_clamp": 0.0}, r"\(0, 80\]"),
+        ({"log_ratio_clamp": 1e6}, r"\(0, 80\]"),
+    ],
+)
+@pytest.mark.parametrize("section", [FipoConfig, DapoConfig, GrpoConfig])
+def test_values_out_of_range_are_refused(section, values, message):
+    (field,) = values
+    with pytest.raises(ConfigError, match=message) as error:
+        section(**values)
+    assert error.value.field == field
+    assert error.value.way_out
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "message"),
+    [
+        ({"updates_per_rollout": 1}, "updates_per_rollout", "every influence weight is exactly 1"),
+        ({"decay_half_life_tokens": 0.0}, "decay_half_life_tokens", "positive"),
+        ({"decay_half_life_tokens": math.nan}, "decay_half_life_tokens", "positive"),
+        ({"influence_clip_low": -0.1}, "influence_clip_low", r"\[0, 1\]"),
+        ({"influence_clip_low": 1.1}, "influence_clip_low", r"\[0, 1\]"),
+        ({"influence_clip_high": 0.2}, "influence_clip_high", "bounds the weight itself"),
+        ({"influence_clip_high": math.inf}, "influence_clip_high", "finite"),
+        ({"safety_threshold": 0.5}, "safety_threshold", "at least 1"),
+        ({"sequence_drop_max_clipped_tokens": -1}, "sequence_drop_max_clipped_tokens", "negative"),
+        ({"dual_clip": None}, "sequence_drop", "dual clip, which is off"),
+        ({"dual_clip": None, "sequence_drop": False}, "participation_mask", "needs the dual-clip bound"),
+    ],
+)
+def test_fipo_refuses_what_would_not_be_fipo(values, field, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        FipoConfig(**values)
+    assert error.value.field == field
+
+
+def test_one_update_is_allowed_without_influence_weights():
+    assert DapoConfig(updates_per_rollout=1).updates_per_rollout == 1
+
+
+def test_infinite_half_life_and_safety_threshold_are_allowed():
+    config = FipoConfig(decay_half_life_tokens=math.inf, safety_threshold=math.inf)
+    assert math.isinf(config.decay_half_life_tokens) and math.isinf(config.safety_threshold)
+
+
+@pytest.mark.parametrize("name", FIPO_PRESETS)
+def test_card_names_the_preset(name):
+    card = effective_algorithm(FipoConfig.preset(name)).splitlines()
+    assert card[0] == f"fipo: equals {name}"
+    assert len(card) == len(dataclasses.fields(FipoConfig))
+
+
+def test_card_names_the_differences():
+    config = FipoConfig.preset("official-7b", decay_half_life_tokens=128.0)
+    card = effective_algorithm(config).splitlines()
+    assert card[0] == "fipo: official-7b except decay_half_life_tokens"
+    assert "  decay_half_life_tokens = 128.0  (official-7b: 32.0)" in card
+    assert "  influence_clip_low = 0.8" in card
+
+
+def test_card_of_the_baselines():
+    assert effective_algorithm(DapoConfig()).splitlines()[0] == "dapo: equals defaults"
+    card = effective_algorithm(GrpoConfig(clip_low=0.1)).splitlines()
+    assert card[0] == "grpo: defaults except clip_low"
+    assert "  clip_low = 0.1  (defaults: 0.2)" in card
