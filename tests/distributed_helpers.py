@@ -15,9 +15,7 @@ import torch
 import torch.distributed as dist
 
 
-def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0
-) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0) -> list[Any]:
     """Call `function(*args)` on every rank of a fresh gloo world and return the results in rank order.
 
     Ranks meet through a file (no ports) and are forked, so that they share the parent's imports; the parent must not
@@ -73,7 +71,12 @@ def _collect(pipes: list[Connection], deadline: float) -> dict[int, tuple[bool, 
 
 
 def _rank_main(
-    rank: int, world_size: int, store: Path, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    store: Path,
+    sender: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)

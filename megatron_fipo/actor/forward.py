@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
+
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import (
@@ -57,6 +59,7 @@ class ActorForward:
         *,
         forward_only: bool,
         collect: bool = False,
+        processor: Callable[..., Any] | None = None,
     ) -> list[Any]:
         """Run every micro-batch through the pipeline.
 
@@ -66,6 +69,7 @@ class ActorForward:
                 or with `collect` into anything.
             forward_only: Leave the backward pass out.
             collect: Gather what the loss function returns instead of treating it as a loss.
+            processor: Turns the last hidden states into what the loss function gets; by default scores.
 
         Returns:
             On the last pipeline stage one entry per micro-batch; elsewhere nothing.
@@ -74,7 +78,7 @@ class ActorForward:
 
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Any, LossFunction]:
             micro_batch = next(iterator)
-            return self._forward(micro_batch, chunk), loss_function(micro_batch)
+            return self._forward(micro_batch, chunk, processor or self._scores), loss_function(micro_batch)
 
         return self._schedule(
             forward_step_func=forward_step,
@@ -96,34 +100,43 @@ class ActorForward:
 
         return self.run(micro_batches, lambda _: keep_log_probs, forward_only=True, collect=True)
 
-    def _forward(self, micro_batch: MicroBatch, chunk: Any) -> Any:
+    @torch.no_grad()
+    def logits(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Logits [t, V] float32 at every local position of every micro-batch, on the last pipeline stage."""
+
+        def keep(logits: Tensor, non_loss_data: bool = True) -> Tensor:
+            return logits
+
+        return self.run(micro_batches, lambda _: keep, forward_only=True, collect=True, processor=self._full_logits)
+
+    def _forward(self, micro_batch: MicroBatch, chunk: Any, processor: Callable[..., Any]) -> Any:
         return chunk(
             input_ids=micro_batch.token_ids,
             position_ids=None,
             attention_mask=None,
             packed_seq_params=_packed_seq_params(micro_batch),
-            output_processor=self._scores,
+            output_processor=processor,
             output_processor_context=micro_batch,
         )
 
     def _scores(
-        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: MicroBatch, **_: Any
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: MicroBatch,
+        **_: Any,
     ) -> Scores:
-        """Scores from the last hidden states [t, 1, h] ([t / W, 1, h] under sequence parallelism)."""
+        """Scores from the last hidden states."""
         parallel = self.context
-        if self.provider.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=True, group=parallel.tp_group
-            )
-        elif parallel.tp_size > 1:
-            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=parallel.tp_group)
-        weight = output_layer.weight if output_weight is None else output_weight
+        hidden, weight = self._gather_hidden(hidden_states), _output_weight(output_layer, output_weight)
         shard = VocabularyShard(
             start=parallel.tp_rank * weight.shape[0], vocab_size=self.vocab_size, group=parallel.tp_group
         )
         positions = context.response_positions
         log_probs, entropy = linear_log_probs(
-            hidden_states.squeeze(1).index_select(0, positions),
+            hidden.index_select(0, positions),
             weight,
             context.response_targets,
             shard,
@@ -136,6 +149,31 @@ class ActorForward:
             everywhere.index_copy(0, positions, log_probs),
             everywhere.index_copy(0, positions, entropy),
         )
+
+    def _full_logits(
+        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any
+    ) -> Tensor:
+        """Logits of the whole vocabulary; for checks, not for training."""
+        part = self._gather_hidden(hidden_states) @ _output_weight(output_layer, output_weight).t()
+        parts = [torch.empty_like(part) for _ in range(self.context.tp_size)]
+        dist.all_gather(parts, part.contiguous(), group=self.context.tp_group)
+        return torch.cat(parts, dim=-1)[:, : self.vocab_size].float()
+
+    def _gather_hidden(self, hidden_states: Tensor) -> Tensor:
+        """[t, 1, h], or [t / W, 1, h] under sequence parallelism, to [t, h] on every tensor-parallel rank."""
+        group = self.context.tp_group
+        if self.provider.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=group
+            )
+        elif self.context.tp_size > 1:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        return hidden_states.squeeze(1)
+
+
+def _output_weight(output_layer: Any, shared: Tensor | None) -> Tensor:
+    """The output matrix: the embedding's where they are tied."""
+    return output_layer.weight if shared is None else shared
 
 
 def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams:

@@ -1,6 +1,7 @@
 """Which modules the transformer is built from: Transformer Engine's on CUDA, ours elsewhere."""
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules

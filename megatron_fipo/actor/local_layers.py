@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -37,7 +38,7 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,9 @@ class PackedDotProductAttention(MegatronModule):
         plan = packed_seq_params.plan
         if self.cp_group.size() > 1:
             gathered = gather_from_sequence_parallel_region(
-                torch.cat([key, value], dim=-1).contiguous(), tensor_parallel_output_grad=True, group=self.cp_group
+                torch.cat([key, value], dim=-1).contiguous(),
+                tensor_parallel_output_grad=True,
+                group=self.cp_group,
             )
             key, value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
         outputs = [self._attend(query, key, value, bucket) for bucket in plan.buckets]

@@ -90,9 +90,7 @@ class _LinearLogProbs(torch.autograd.Function):
             else:
                 logits = torch.mm(hidden[part], weight.t())
             scores = _scores(logits, shard, temperature)
-            log_probs[part], entropy[part], log_partition[part] = _chunk_statistics(
-                scores, targets[part], shard
-            )
+            log_probs[part], entropy[part], log_partition[part] = _chunk_statistics(scores, targets[part], shard)
         ctx.save_for_backward(hidden, weight, targets, log_partition)
         ctx.kept = kept
         ctx.shard, ctx.temperature, ctx.chunk_tokens = shard, temperature, chunk_tokens

@@ -44,9 +44,7 @@ class MicroBatch:
     old_log_probs: Tensor | None = None
 
 
-def build_micro_batch(
-    batch: TrainBatch, pack: Pack, context: ParallelContext, device: torch.device
-) -> MicroBatch:
+def build_micro_batch(batch: TrainBatch, pack: Pack, context: ParallelContext, device: torch.device) -> MicroBatch:
     """Lay a pack's sequences out and keep this rank's part.
 
     Args:

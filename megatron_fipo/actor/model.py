@@ -5,6 +5,7 @@ import difflib
 from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -122,7 +123,12 @@ def _check_divisibility(provider: Any, parallelism: ParallelismConfig) -> None:
         ("tensor_model_parallel_size", tp, "the model's attention heads", provider.num_attention_heads),
         ("tensor_model_parallel_size", tp, "the model's key-value heads", groups),
         ("pipeline_model_parallel_size", stages, "the model's layers", provider.num_layers),
-        ("expert_model_parallel_size", parallelism.expert_model_parallel_size, "the model's experts", experts),
+        (
+            "expert_model_parallel_size",
+            parallelism.expert_model_parallel_size,
+            "the model's experts",
+            experts,
+        ),
     )
     for field, size, what, count in checks:
         if count % size:
@@ -177,9 +183,7 @@ def build_model(
         grad_reduce_in_fp32=True,
     )
     return [
-        DistributedDataParallel(
-            config=provider, ddp_config=ddp_config, module=chunk, disable_bucketing=(number > 0)
-        )
+        DistributedDataParallel(config=provider, ddp_config=ddp_config, module=chunk, disable_bucketing=(number > 0))
         for number, chunk in enumerate(chunks)
     ]
 

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
+
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -38,9 +39,7 @@ class ActorOptimizer:
         bf16: Whether the chunks are bfloat16, with float32 main weights.
     """
 
-    def __init__(
-        self, chunks: list[Any], config: OptimizerConfig, parallelism: ParallelismConfig, bf16: bool
-    ) -> None:
+    def __init__(self, chunks: list[Any], config: OptimizerConfig, parallelism: ParallelismConfig, bf16: bool) -> None:
         self.chunks = chunks
         self.config = config
         self.optimizer = get_megatron_optimizer(

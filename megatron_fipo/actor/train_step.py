@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
+
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads

@@ -22,7 +22,7 @@ class PolicyTerms:
         kept_mask: Those of sequences that are not dropped (bool).
         log_ratio: log π_θ − log π_old, clamped; zero outside `mask`.
         ratio: Its exponential.
-        advantages: Zero outside `mask`.
+        advantages: Arbitrary outside `mask`.
         clipped: Response tokens beyond the dual-clip bound with a negative advantage (bool).
         future_kl: F; zeros for DAPO and GRPO.
         influence_weights: f; ones for DAPO and GRPO.
@@ -83,12 +83,8 @@ def _influence_metrics(terms: PolicyTerms, config: FipoConfig) -> Metrics:
         "fipo/influence_raw_min": Accumulator.min(raw, mask),
         "fipo/influence_raw_max": Accumulator.max(raw, mask),
         "fipo/fraction_changed": Accumulator.mean(changed, mask),
-        "fipo/fraction_at_lower_bound": Accumulator.mean(
-            changed & (weights <= config.influence_clip_low), mask
-        ),
-        "fipo/fraction_at_upper_bound": Accumulator.mean(
-            changed & (weights >= config.influence_clip_high), mask
-        ),
+        "fipo/fraction_at_lower_bound": Accumulator.mean(changed & (weights <= config.influence_clip_low), mask),
+        "fipo/fraction_at_upper_bound": Accumulator.mean(changed & (weights >= config.influence_clip_high), mask),
         "fipo/dropped_sequences": Accumulator.sum(terms.dropped_sequences),
     }
 

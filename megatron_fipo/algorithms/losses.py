@@ -75,9 +75,7 @@ class LossOutput:
     metrics: Metrics
 
 
-def policy_loss(
-    inputs: LossInputs, config: AlgorithmConfig, group: dist.ProcessGroup | None = None
-) -> LossOutput:
+def policy_loss(inputs: LossInputs, config: AlgorithmConfig, group: dist.ProcessGroup | None = None) -> LossOutput:
     """Numerator, denominator and metrics of the configured loss on one micro-batch.
 
     In order: log-ratio, clamped → filter → Future-KL → exp → clip → safety → Ã = A·f → PPO clip → dual clip →
@@ -103,7 +101,7 @@ def policy_loss(
     difference = inputs.log_probs.to(dtype) - old_log_probs
     log_ratio = torch.where(mask, difference.clamp(-config.log_ratio_clamp, config.log_ratio_clamp), 0.0)
     ratio = log_ratio.exp()
-    advantages = torch.where(mask, inputs.advantages.detach().to(dtype), 0.0)
+    advantages = inputs.advantages.detach().to(dtype)
     clipped = (advantages < 0) & beyond_dual_clip(log_ratio.detach(), config.dual_clip)
 
     if isinstance(config, FipoConfig):
@@ -126,14 +124,15 @@ def policy_loss(
         metrics |= rollout_metrics(old_log_probs, rollout_log_probs, mask)
         if config.rollout_importance_cap is not None:
             importance = (old_log_probs - rollout_log_probs).exp().clamp(max=config.rollout_importance_cap)
-            losses = losses * torch.where(mask, importance, 1.0)
+            losses = losses * importance
             metrics["train/rollout_importance_mean"] = Accumulator.mean(importance, mask)
     if inputs.entropy is not None:
         metrics["train/entropy"] = Accumulator.mean(inputs.entropy, mask)
 
     sequences = _sequence_counts(inputs, clipped_counts, config)
     kept_mask = mask & ~sequences.dropped[sequences.sequence_ids]
-    # A NaN is let through even where its sequence is dropped: it must stop the run, not vanish.
+    # With the masked log-ratio, this keeps what lies outside the response out of value and gradient. A NaN on
+    # a response token is let through even where its sequence is dropped: it must stop the run, not vanish.
     losses = torch.where(kept_mask | (mask & losses.isnan()), losses, 0.0)
     numerator, denominator = aggregate(losses, kept_mask, sequences, config.aggregation)
     terms = PolicyTerms(
@@ -195,18 +194,14 @@ def _check_inputs(inputs: LossInputs, config: AlgorithmConfig) -> None:
     for name in ("log_probs", "old_log_probs", "advantages", "response_mask", "rollout_log_probs", "entropy"):
         value = getattr(inputs, name)
         if value is not None and value.shape != tokens:
-            raise ValueError(
-                f"{name}.shape = {tuple(value.shape)}: the layout holds {tokens[0]} tokens on this rank"
-            )
+            raise ValueError(f"{name}.shape = {tuple(value.shape)}: the layout holds {tokens[0]} tokens on this rank")
     if inputs.response_lengths.shape != (inputs.layout.num_sequences,):
         raise ValueError(
             f"response_lengths.shape = {tuple(inputs.response_lengths.shape)}: the layout has "
             f"{inputs.layout.num_sequences} sequences"
         )
     if inputs.response_mask.dtype != torch.bool:
-        raise ValueError(
-            f"response_mask.dtype = {inputs.response_mask.dtype}: must be torch.bool; call .bool()"
-        )
+        raise ValueError(f"response_mask.dtype = {inputs.response_mask.dtype}: must be torch.bool; call .bool()")
     if config.rollout_importance_cap is not None and inputs.rollout_log_probs is None:
         raise ValueError(
             f"rollout_log_probs = None: rollout_importance_cap = {config.rollout_importance_cap} needs them; "

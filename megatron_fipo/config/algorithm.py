@@ -305,12 +305,9 @@ def effective_algorithm(config: AlgorithmConfig) -> str:
         from the algorithm's defaults (DAPO, GRPO) show the other value too.
     """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    settings = (
-        FIPO_PRESETS if isinstance(config, FipoConfig) else {"defaults": dataclasses.asdict(type(config)())}
-    )
+    settings = FIPO_PRESETS if isinstance(config, FipoConfig) else {"defaults": dataclasses.asdict(type(config)())}
     differences = {
-        name: [key for key, value in setting.items() if values[key] != value]
-        for name, setting in settings.items()
+        name: [key for key, value in setting.items() if values[key] != value] for name, setting in settings.items()
     }
     nearest = min(differences, key=lambda name: len(differences[name]))
     changed = differences[nearest]

@@ -6,6 +6,11 @@ from typing import Any, Literal
 
 from megatron_fipo.config.base import config_class, require
 
+PROBLEMS_PER_SEED = 2**20
+"""Distance between the generator seeds of neighbouring reasoning-gym sets: the largest set without overlap."""
+
+_LARGEST_SEED = 2**32 // PROBLEMS_PER_SEED - 1
+
 
 @config_class
 class JsonlPrompts:
@@ -15,13 +20,23 @@ class JsonlPrompts:
     """Selects this kind."""
 
     path: Path
-    """The file."""
+    """The file, in UTF-8."""
 
     prompt_field: str = "prompt"
-    """Key of the prompt: a string, or a list of chat messages."""
+    """Key of the prompt: a string, or with prompt_format chat also a list of chat messages."""
 
     answer_field: str = "answer"
-    """Key of the reference answer."""
+    """Key of the reference answer: a string, or a number, which is kept as it is written."""
+
+    def __post_init__(self) -> None:
+        """Check combinations."""
+        require(
+            self.prompt_field != self.answer_field,
+            field="answer_field",
+            value=self.answer_field,
+            rule="must differ from prompt_field",
+            way_out="name the key that holds the reference answer",
+        )
 
 
 @config_class
@@ -38,7 +53,8 @@ class ReasoningGymPrompts:
     """Number of problems in the set."""
 
     seed: int = 0
-    """Seed of the generator; sets with other seeds hold other problems."""
+    """Which set: problem i is the one that reasoning-gym makes with seed seed * 2**20, at index i. Sets with
+    other seeds draw anew; in a task with few possible problems they still meet the same ones."""
 
     parameters: dict[str, Any] = field(default_factory=dict)
     """The task's own parameters, such as min_terms."""
@@ -47,14 +63,29 @@ class ReasoningGymPrompts:
     """Text around the question; {question} is replaced."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges and combinations."""
         require(
-            self.size >= 1,
+            1 <= self.size <= PROBLEMS_PER_SEED,
             field="size",
             value=self.size,
-            rule="must be at least 1",
+            rule=f"must lie in [1, {PROBLEMS_PER_SEED}]",
             way_out="give the number of problems",
         )
+        require(
+            0 <= self.seed <= _LARGEST_SEED,
+            field="seed",
+            value=self.seed,
+            rule=f"must lie in [0, {_LARGEST_SEED}]",
+            way_out="use a small number, another one for each set",
+        )
+        for name in ("size", "seed"):
+            require(
+                name not in self.parameters,
+                field=f"parameters.{name}",
+                value=self.parameters.get(name),
+                rule=f"{name} is not one of the task's own parameters",
+                way_out=f"write it as {name} beside parameters",
+            )
         require(
             "{question}" in self.question_template,
             field="question_template",
@@ -78,10 +109,11 @@ class DataConfig:
     """Held-out prompts; null leaves evaluation out."""
 
     prompt_format: Literal["chat", "raw"] = "chat"
-    """"chat" puts the prompt through the tokenizer's chat template, "raw" tokenizes the text as it is."""
+    """"chat" puts the prompt through the tokenizer's chat template, "raw" tokenizes the text as it is (with the
+    tokenizer's own beginning-of-sequence token, where it adds one)."""
 
     system_prompt: str | None = None
-    """System message in front of every chat prompt."""
+    """System message in front of every chat prompt that does not bring its own."""
 
     max_prompt_tokens: int = 2048
     """Longer prompts are skipped and counted."""

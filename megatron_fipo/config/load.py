@@ -43,15 +43,18 @@ def load_config[T](cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T
     words = [word for word in overrides if word not in ("--help", "-h")]
     raw = _read_yaml(path)
     # A variant is chosen before its fields are set, whatever the order on the command line.
-    for path_in_config, texts in sorted(
-        _split_overrides(words), key=lambda setting: setting[0][-1] != "type"
-    ):
+    for path_in_config, texts in sorted(_split_overrides(words), key=lambda setting: setting[0][-1] != "type"):
         raw = _override(cls, raw, path_in_config, texts, ())
     config = cast(T, _convert(cls, raw, ()))
     if len(words) < len(overrides):
         markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
         tyro.cli(cls, default=config, args=["--help"], use_underscores=True, config=markers)
     return config
+
+
+def print_help(cls: type[Any], program: str) -> None:
+    """Print every field of a root section with its documentation, and exit."""
+    tyro.cli(cls, args=["--help"], use_underscores=True, prog=program, config=(tyro.conf.FlagConversionOff,))
 
 
 def dump_config(config: object) -> str:
@@ -112,9 +115,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes text that either YAML 1.1 or the loader here would read as something else."""
 
-    yaml_implicit_resolvers = {
-        key: list(rules) for key, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -155,9 +156,7 @@ def _read_yaml(path: Path) -> object:
     if content is None:
         raise refuse(path, "the file is empty", "write at least the required fields, or {} for all defaults")
     if not isinstance(content, dict):
-        raise refuse(
-            path, "it must be a mapping of sections", "write `section:` lines with fields under them"
-        )
+        raise refuse(path, "it must be a mapping of sections", "write `section:` lines with fields under them")
     return content
 
 
@@ -261,9 +260,7 @@ def _build(cls: Any, raw: Mapping[Any, Any], keys: Keys) -> object:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in raw:
             dotted = ".".join((*keys, name))
-            raise ConfigError(
-                dotted, ABSENT, "it is required", f"write it in the file or give --{dotted} a value"
-            )
+            raise ConfigError(dotted, ABSENT, "it is required", f"write it in the file or give --{dotted} a value")
     values = {key: _convert(fields[key][0], value, (*keys, key)) for key, value in raw.items()}
     try:
         return cls(**values)
@@ -276,9 +273,7 @@ def _convert_leaf(annotation: Any, raw: object, keys: Keys) -> object:
         value: object = pydantic.TypeAdapter(annotation).validate_python(raw)
     except pydantic.ValidationError as error:
         problems = error.errors()
-        place = (
-            [str(part) for part in problems[0]["loc"] if isinstance(part, int)] if len(problems) == 1 else []
-        )
+        place = [str(part) for part in problems[0]["loc"] if isinstance(part, int)] if len(problems) == 1 else []
         rules = [problem["msg"].replace("Input should be", "it must be") for problem in problems]
         raise ConfigError(
             field=".".join((*keys, *place)),
@@ -294,10 +289,7 @@ def _convert_leaf(annotation: Any, raw: object, keys: Keys) -> object:
 
 def _leaf_way_out(annotation: Any, raw: object) -> str:
     choices = [
-        choice
-        for member in _members(annotation)
-        if get_origin(member) is Literal
-        for choice in get_args(member)
+        choice for member in _members(annotation) if get_origin(member) is Literal for choice in get_args(member)
     ]
     return _suggest(str(raw), map(str, choices)) or f"write {_describe(annotation)}"
 
@@ -338,9 +330,7 @@ def _split_overrides(words: Sequence[str]) -> list[tuple[Keys, list[str]]]:
         elif settings:
             settings[-1][1].append(word)
         else:
-            raise ConfigError(
-                "command line", word, "it belongs to no field", "write --section.field before it"
-            )
+            raise ConfigError("command line", word, "it belongs to no field", "write --section.field before it")
     return settings
 
 

@@ -1,5 +1,6 @@
 """How a response is scored."""
 
+import re
 from typing import Literal
 
 from megatron_fipo.config.base import config_class, require
@@ -10,21 +11,22 @@ class RewardConfig:
     """The reward of one response."""
 
     type: Literal["exact_match", "reasoning_gym"] = "exact_match"
-    """"exact_match" compares the extracted answer with the reference; "reasoning_gym" asks the task's own scorer."""
+    """"exact_match" compares the answer with the reference, without outer white space; "reasoning_gym" asks the task's
+    own scorer."""
 
     answer_pattern: str | None = None
-    """Regular expression whose first group is the answer, the last match counting; null takes the whole response."""
+    """Regular expression whose first group is the answer, the last match counting; null takes the whole response.
+    It is searched in the response's last 10,000 characters. Patterns whose search time explodes (nested repeats such
+    as "(a+)+b") are not recognised: keep it simple."""
 
     require_stop: bool = True
-    """A response cut off by the token limit scores 0."""
+    """A response that did not end by itself (cut off by the token limit, say) scores 0."""
 
     score_threshold: float = 0.99
     """A reasoning-gym score at or above this is a reward of 1, else 0."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        import re
-
+        """Check ranges, and that the pattern is one."""
         require(
             0 < self.score_threshold <= 1,
             field="score_threshold",

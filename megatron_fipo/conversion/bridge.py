@@ -22,7 +22,12 @@ from megatron_fipo.conversion.hf_folder import INDEX_NAME, SINGLE_NAME, check_we
 from megatron_fipo.parallel.context import ParallelContext
 
 _VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class HfBridge:

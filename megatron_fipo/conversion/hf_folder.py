@@ -49,9 +49,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         rule = "must contain config.json, and it does not"
     except json.JSONDecodeError as error:
         rule = f"must contain a readable config.json, and it is not JSON (line {error.lineno}: {error.msg})"
-    raise ConfigError(
-        field="model.path", value=str(folder), rule=rule, way_out="fetch the model's files again"
-    )
+    raise ConfigError(field="model.path", value=str(folder), rule=rule, way_out="fetch the model's files again")
 
 
 def check_weights(folder: Path) -> dict[str, list[int]]:
@@ -99,13 +97,11 @@ def _check_file(folder: Path, path: Path) -> dict[str, list[int]]:
 
 
 def _weights_error(folder: Path, rule: str) -> ConfigError:
-    return ConfigError(
-        field="model.path", value=str(folder), rule=rule, way_out="fetch the model's weight files again"
-    )
+    return ConfigError(field="model.path", value=str(folder), rule=rule, way_out="fetch the model's weight files again")
 
 
 class HfFolderWriter:
-    """Writes a Hugging Face folder shard by shard and makes it appear complete or not at all.
+    """Writes a Hugging Face folder shard by shard beside its target, to be moved there once it is known to be good.
 
     Args:
         target: Folder to write; must not exist.
@@ -114,9 +110,7 @@ class HfFolderWriter:
         max_shard_bytes: Size a weight file may reach.
     """
 
-    def __init__(
-        self, target: Path, source: Path, config: dict[str, Any], max_shard_bytes: int = 5 * 1024**3
-    ) -> None:
+    def __init__(self, target: Path, source: Path, config: dict[str, Any], max_shard_bytes: int = 5 * 1024**3) -> None:
         self.target, self.source, self.config = target, source, config
         self.max_shard_bytes = max_shard_bytes
         self.partial = target.with_name(f".{target.name}.partial")
@@ -125,8 +119,15 @@ class HfFolderWriter:
         self._shards: list[list[str]] = []
         self._total_bytes = 0
 
-    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write all tensors, then the files beside them, then move the folder into place."""
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> Path:
+        """Write all tensors and the files beside them.
+
+        Returns:
+            The partial folder, whole but not yet in its place: see `commit`.
+
+        Raises:
+            FileExistsError: The target exists.
+        """
         if self.target.exists():
             raise FileExistsError(f"{self.target}: already exists; choose another export folder or remove it")
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -140,10 +141,17 @@ class HfFolderWriter:
             self._shard_bytes += size
         self._flush()
         self._finish()
+        return self.partial
+
+    def commit(self) -> None:
+        """Move the partial folder to the target."""
+        self.partial.rename(self.target)
 
     def _flush(self) -> None:
         save_file(
-            self._shard, self.partial / f"shard-{len(self._shards):05d}.safetensors", metadata={"format": "pt"}
+            self._shard,
+            self.partial / f"shard-{len(self._shards):05d}.safetensors",
+            metadata={"format": "pt"},
         )
         self._shards.append(list(self._shard))
         self._total_bytes += self._shard_bytes
@@ -166,4 +174,3 @@ class HfFolderWriter:
         for path in self.partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        self.partial.rename(self.target)

@@ -51,7 +51,9 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     return [json.loads(part[:count].numpy().tobytes()) for part, count in zip(parts, sizes, strict=True)]
 
 
-def broadcast_arrays(arrays: Mapping[str, npt.NDArray[Any]] | None, src: int, group: dist.ProcessGroup | None = None) -> Arrays:
+def broadcast_arrays(
+    arrays: Mapping[str, npt.NDArray[Any]] | None, src: int, group: dist.ProcessGroup | None = None
+) -> Arrays:
     """Named arrays from one rank to all.
 
     Args:

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
+
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_fipo.config.parallelism import ParallelismConfig
+from megatron_fipo.parallel.collectives import gather_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,7 @@ class ParallelContext:
         pp_size, pp_rank, pp_group: Pipeline parallelism.
         vpp_size: Virtual pipeline stages a rank holds, 1 without them.
         model_parallel_group: Ranks that share a data-parallel rank: tensor × context × pipeline.
+        replica_leaders: Global rank of every replica's leader, by data-parallel rank.
         groups: All groups in megatron-core's own collection.
     """
 
@@ -45,6 +48,7 @@ class ParallelContext:
     pp_group: dist.ProcessGroup
     vpp_size: int
     model_parallel_group: dist.ProcessGroup
+    replica_leaders: tuple[int, ...]
     groups: ProcessGroupCollection
 
     @property
@@ -54,8 +58,8 @@ class ParallelContext:
 
     @property
     def is_replica_leader(self) -> bool:
-        """Whether this rank speaks for its data-parallel replica: first of tensor, context and pipeline ranks."""
-        return self.tp_rank == 0 and self.cp_rank == 0 and self.pp_rank == 0
+        """Whether this rank receives its replica's share of a batch."""
+        return self.replica_leaders[self.dp_rank] == self.rank
 
 
 def build_parallel_context(config: ParallelismConfig, seed: int) -> ParallelContext:
@@ -79,6 +83,8 @@ def build_parallel_context(config: ParallelismConfig, seed: int) -> ParallelCont
     )
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    replicas = _replicas(groups.dp)
+    leaders = tuple(min(ranks) for ranks in replicas)
     return ParallelContext(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -96,28 +102,26 @@ def build_parallel_context(config: ParallelismConfig, seed: int) -> ParallelCont
         pp_rank=groups.pp.rank(),
         pp_group=groups.pp,
         vpp_size=config.virtual_pipeline_model_parallel_size or 1,
-        model_parallel_group=_model_parallel_group(groups.dp),
+        model_parallel_group=_model_parallel_group(replicas),
+        replica_leaders=leaders,
         groups=groups,
     )
 
 
-def _model_parallel_group(dp_group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Ranks with the same data-parallel rank.
+def _replicas(dp_group: dist.ProcessGroup) -> list[list[int]]:
+    """Global ranks of every replica, by data-parallel rank."""
+    places = gather_json(dp_group.rank())
+    return [[rank for rank, place in enumerate(places) if place == replica] for replica in range(dp_group.size())]
 
-    megatron-core's own model-parallel group leaves out context parallelism, so this one is made here. Every rank takes
+
+def _model_parallel_group(replicas: list[list[int]]) -> dist.ProcessGroup:
+    """Group of this rank's replica.
+
+    megatron-core's own model-parallel group leaves context parallelism out, so this one is made here. Every rank takes
     part in making every group, in the same order.
     """
-    dp_rank = dp_group.rank()
-    members: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(members, dp_rank)
-    mine = None
-    for replica in range(dp_group.size()):
-        ranks = [rank for rank, place in enumerate(members) if place == replica]
-        group = dist.new_group(ranks)
-        if replica == dp_rank:
-            mine = group
-    assert mine is not None
-    return mine
+    groups = [dist.new_group(ranks) for ranks in replicas]
+    return next(group for group, ranks in zip(groups, replicas, strict=True) if dist.get_rank() in ranks)
 
 
 def destroy_parallel_context() -> None:

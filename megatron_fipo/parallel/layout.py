@@ -81,9 +81,7 @@ class PackLayout:
     def local_chunk_lengths(self) -> tuple[int, ...]:
         """Tokens of every chunk of the local tensor, in its order: N · (2 or 1) numbers."""
         return tuple(
-            length // self.chunks_per_sequence
-            for length in self.padded_lengths
-            for _ in self.local_chunk_numbers
+            length // self.chunks_per_sequence for length in self.padded_lengths for _ in self.local_chunk_numbers
         )
 
     @cached_property

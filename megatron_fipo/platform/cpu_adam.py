@@ -86,6 +86,6 @@ def install() -> None:
     from megatron.core.optimizer import distrib_optimizer
 
     for module in (megatron_optimizer, distrib_optimizer):
-        setattr(module, "Adam", CpuFusedAdam)
-    setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
-    setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+        module.Adam = CpuFusedAdam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True

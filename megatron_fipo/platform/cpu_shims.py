@@ -196,7 +196,7 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     for module in (moe_utils, token_dispatcher):
-        setattr(module, "maybe_move_tensor_to_cpu", split_sizes_on_host)
+        module.maybe_move_tensor_to_cpu = split_sizes_on_host
 
     from megatron_fipo.platform import cpu_adam
 

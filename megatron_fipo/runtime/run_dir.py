@@ -66,6 +66,5 @@ class RunDirectory:
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in metrics.items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()
     }

@@ -38,9 +38,7 @@ def scans_on_one_rank(cp_size: int) -> list[tuple[float, bool, int]]:
     """Largest error of the Future-KL, whether the counts agree, and collectives run, case by case."""
     results = []
     for chunks, half_life in itertools.product(CHUNK_LENGTHS, HALF_LIVES):
-        layout = PackLayout(
-            tuple(2 * cp_size * length for length in chunks), cp_size=cp_size, cp_rank=dist.get_rank()
-        )
+        layout = PackLayout(tuple(2 * cp_size * length for length in chunks), cp_size=cp_size, cp_rank=dist.get_rank())
         generator = torch.Generator().manual_seed(7)
         log_ratio = torch.randn(layout.num_tokens, generator=generator, dtype=torch.float64)
         clipped = torch.rand(layout.num_tokens, generator=generator) < 0.3
@@ -130,9 +128,7 @@ def plain(output: LossOutput, gradient: torch.Tensor) -> dict:
         "future_kl": output.future_kl,
         "influence_weights": output.influence_weights,
         "kept_mask": output.kept_mask,
-        "metrics": {
-            key: (value.kind, float(value.total), float(value.count)) for key, value in output.metrics.items()
-        },
+        "metrics": {key: (value.kind, float(value.total), float(value.count)) for key, value in output.metrics.items()},
     }
 
 

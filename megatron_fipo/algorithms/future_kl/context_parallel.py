@@ -93,9 +93,7 @@ def _carries(heads: Tensor, half_life: float, layout: PackLayout) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _carry_weights(
-    padded_lengths: tuple[int, ...], cp_size: int, half_life: float, device: torch.device
-) -> Tensor:
+def _carry_weights(padded_lengths: tuple[int, ...], cp_size: int, half_life: float, device: torch.device) -> Tensor:
     """Decay from the token behind chunk m to later heads: [N, 2·C (m), 2·C], zero at and before m."""
     numbers = torch.arange(2 * cp_size, dtype=torch.float64)
     between = numbers[None, :] - numbers[:, None] - 1

@@ -113,9 +113,7 @@ def segment_plan(lengths: tuple[int, ...], device: torch.device) -> SegmentPlan:
     segments = torch.arange(len(lengths), device=device)
     segment_ids = segments.repeat_interleave(segment_lengths, output_size=num_values)
     positions = torch.arange(num_values, device=device) - segment_starts[segment_ids]
-    block_segments = segments.repeat_interleave(
-        _to_device(blocks_per_segment, device), output_size=num_blocks
-    )
+    block_segments = segments.repeat_interleave(_to_device(blocks_per_segment, device), output_size=num_blocks)
     block_numbers = torch.arange(num_blocks, device=device) - first_blocks[block_segments]
     offsets = block_numbers[:, None] * BLOCK + torch.arange(BLOCK, device=device)
     ends = segment_lengths[block_segments]
@@ -137,8 +135,7 @@ def check_half_life(decay_half_life_tokens: float) -> None:
     """Refuse a half-life that is not positive."""
     if not decay_half_life_tokens > 0:
         raise ValueError(
-            f"decay_half_life_tokens = {decay_half_life_tokens}: must be positive; "
-            "use 32, or infinity for no decay"
+            f"decay_half_life_tokens = {decay_half_life_tokens}: must be positive; use 32, or infinity for no decay"
         )
 
 
@@ -152,17 +149,14 @@ def _segment_lengths(log_ratio: Tensor, cu_seqlens: Tensor | Sequence[int] | Non
         return (log_ratio.shape[1],) * log_ratio.shape[0]
     if log_ratio.dim() != 1:
         raise ValueError(
-            f"log_ratio.shape = {tuple(log_ratio.shape)}: must be [T], or [B, T] without cu_seqlens; "
-            "reshape it"
+            f"log_ratio.shape = {tuple(log_ratio.shape)}: must be [T], or [B, T] without cu_seqlens; reshape it"
         )
     if cu_seqlens is None:
         return (log_ratio.shape[0],)
     bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     lengths = tuple(end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
     if not bounds or bounds[0] != 0 or bounds[-1] != log_ratio.shape[0] or min(lengths, default=0) < 0:
-        raise ValueError(
-            f"cu_seqlens = {bounds[:4]}…: must rise from 0 to the number of tokens, {log_ratio.shape[0]}"
-        )
+        raise ValueError(f"cu_seqlens = {bounds[:4]}…: must rise from 0 to the number of tokens, {log_ratio.shape[0]}")
     return lengths
 
 

@@ -53,15 +53,19 @@ def test_weight_is_the_clipped_exponential(low, high, future_kl, expected):
         ("reset", 0.8, 5.0, 3.5, 0.0, 1.2),
     ],
 )
-def test_safety_acts_on_negative_advantages_above_the_threshold(
-    mode, low, future_kl, ratio, advantage, expected
-):
+def test_safety_acts_on_negative_advantages_above_the_threshold(mode, low, future_kl, ratio, advantage, expected):
     config = FipoConfig(safety_mode=mode, safety_threshold=3.0, influence_clip_low=low)
     assert weight(future_kl, config, ratio, advantage) == pytest.approx(expected, rel=1e-14)
 
 
 def test_safety_can_be_turned_off():
     assert weight(5.0, FipoConfig(safety_threshold=math.inf), ratio=1e8, advantage=-1.0) == 1.2
+
+
+def test_weights_carry_no_gradient():
+    future_kl = torch.tensor([0.1], requires_grad=True)
+    ratio = torch.tensor([2.0], requires_grad=True)
+    assert not influence_weights(future_kl, ratio, -ONE, FipoConfig()).requires_grad
 
 
 def test_weights_overflow_to_the_bound_in_float32():

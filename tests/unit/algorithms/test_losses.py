@@ -22,15 +22,11 @@ AGGREGATIONS = ["token_mean", "sequence_mean", "official_micro_batch"]
 RULES = {
     "official-32b": FipoConfig.preset("official-32b"),
     "official-7b": FipoConfig.preset("official-7b"),
-    "official, clip ratio 0": FipoConfig.preset(
-        "official-7b", influence_clip_low=0.0, influence_clip_high=10.0
-    ),
+    "official, clip ratio 0": FipoConfig.preset("official-7b", influence_clip_low=0.0, influence_clip_high=10.0),
     "paper-v1": FipoConfig.preset("paper-v1", safety_threshold=3.0),
     "paper-v2": FipoConfig.preset("paper-v2"),
     "sequence mean": FipoConfig.preset("official-7b", aggregation="sequence_mean", dual_clip=3.0),
-    "short horizon": FipoConfig(
-        decay_half_life_tokens=1.0, influence_clip_low=0.5, participation_mask="none"
-    ),
+    "short horizon": FipoConfig(decay_half_life_tokens=1.0, influence_clip_low=0.5, participation_mask="none"),
 }
 
 
@@ -45,9 +41,7 @@ def random_responses(count: int, seed: int, spread: float) -> list[Response]:
         if torch.rand((), generator=generator) < 0.2:
             shift[int(torch.randint(0, length, (), generator=generator))] *= 40.0
         advantage = float(torch.randn((), generator=generator, dtype=torch.float64))
-        responses.append(
-            Response(log_probs=(old + shift).tolist(), old_log_probs=old.tolist(), advantage=advantage)
-        )
+        responses.append(Response(log_probs=(old + shift).tolist(), old_log_probs=old.tolist(), advantage=advantage))
     return responses
 
 
@@ -111,9 +105,7 @@ def test_equals_the_rules_written_token_by_token(name, seed, spread, count):
     terms = [response_terms(response, config) for response in responses]
     masks = [pack(group).response_mask for group in groups]
     for name_, field in (("future_kl", "future_kl"), ("influence_weights", "weights")):
-        actual = torch.cat(
-            [getattr(output, name_)[mask] for output, mask in zip(outputs, masks, strict=True)]
-        )
+        actual = torch.cat([getattr(output, name_)[mask] for output, mask in zip(outputs, masks, strict=True)])
         wanted = [value for term in terms for value in getattr(term, field)]
         assert actual.tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-9)
 
@@ -145,9 +137,7 @@ def test_hand_computed_example():
         safety_threshold=1.9,
         dual_clip=3.0,
     )
-    result = fipo_loss(
-        log_probs, old_log_probs, torch.tensor([-1.0]), torch.ones(1, 4, dtype=torch.bool), config
-    )
+    result = fipo_loss(log_probs, old_log_probs, torch.tensor([-1.0]), torch.ones(1, 4, dtype=torch.bool), config)
     result.loss.backward()
 
     future_kl = torch.tensor([[0.25, 0.5, -1.0, 0.0]], dtype=torch.float64) * math.log(2)
@@ -414,9 +404,7 @@ def test_truncated_rollout_importance_scales_the_loss_but_not_the_future_kl():
     plain = fipo_loss(**batch, config=FipoConfig())
     rollout = batch["old_log_probs"] - math.log(1.5)
     scaled = fipo_loss(**batch, config=FipoConfig(rollout_importance_cap=2.0), rollout_log_probs=rollout)
-    capped = fipo_loss(
-        **batch, config=FipoConfig(rollout_importance_cap=2.0), rollout_log_probs=rollout - 5.0
-    )
+    capped = fipo_loss(**batch, config=FipoConfig(rollout_importance_cap=2.0), rollout_log_probs=rollout - 5.0)
     torch.testing.assert_close(scaled.loss, 1.5 * plain.loss)
     torch.testing.assert_close(capped.loss, 2.0 * plain.loss)
     assert torch.equal(scaled.future_kl, plain.future_kl)
@@ -431,9 +419,7 @@ def test_truncated_rollout_importance_scales_the_loss_but_not_the_future_kl():
 def test_bfloat16_log_probs_are_computed_in_float32():
     batch = rows(dtype=torch.bfloat16)
     result = fipo_loss(**batch, config=FipoConfig(), rollout_log_probs=None)
-    exact = {
-        key: value.detach().float() if value.is_floating_point() else value for key, value in batch.items()
-    }
+    exact = {key: value.detach().float() if value.is_floating_point() else value for key, value in batch.items()}
     assert result.loss.dtype == torch.float32 and result.future_kl.dtype == torch.float32
     assert torch.equal(result.loss, fipo_loss(**exact, config=FipoConfig()).loss)
 

@@ -15,9 +15,7 @@ class Section:
     rate: float = 1.0
 
     def __post_init__(self) -> None:
-        require(
-            self.rate > 0, field="rate", value=self.rate, rule="must be positive", way_out="use 1e-6 or more"
-        )
+        require(self.rate > 0, field="rate", value=self.rate, rule="must be positive", way_out="use 1e-6 or more")
 
 
 def test_a_section_is_frozen_keyword_only_and_has_slots():

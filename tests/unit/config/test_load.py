@@ -169,9 +169,7 @@ def test_numbers_are_read_as_numbers(load, written, value):
 
 
 def test_scalars_follow_yaml_1_2(load):
-    config = load(
-        "steps: 2\nengine_args: {time: 02:00:00, day: 2026-01-31, on: on, zeros: 010, hex: 0x10, none: ~}"
-    )
+    config = load("steps: 2\nengine_args: {time: 02:00:00, day: 2026-01-31, on: on, zeros: 010, hex: 0x10, none: ~}")
     assert config.engine_args == {
         "time": "02:00:00",
         "day": "2026-01-31",
@@ -368,9 +366,7 @@ def test_a_fraction_is_no_whole_number(load):
 
 
 def test_the_item_of_a_list_is_named(load):
-    assert refusal(load, "steps: 2\nlayers: [1, x]").startswith(
-        "layers.1 = [1, 'x']: it must be a valid integer"
-    )
+    assert refusal(load, "steps: 2\nlayers: [1, x]").startswith("layers.1 = [1, 'x']: it must be a valid integer")
 
 
 @pytest.mark.parametrize(

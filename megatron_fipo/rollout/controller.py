@@ -1,0 +1,207 @@
+"""The rollout controller: from prompts to full batches of scored groups.
+
+It owns the prompt sampler, the requests in flight, rewards, dynamic sampling and the staleness bound, and speaks to any
+engine through `RolloutEngine`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.data.sampler import PromptSampler
+from megatron_fipo.rewards.base import Scorer
+from megatron_fipo.rollout.engine import (
+    GenerationRequest,
+    GenerationResult,
+    RolloutEngine,
+    SamplingParameters,
+)
+from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.seeding import derive_seed
+from megatron_fipo.types import Prompt, RolloutGroup, Sample
+
+# Token ids of a response to its text, the stop token left out.
+Decode = Callable[[Sequence[int]], str]
+
+
+class NoSignalError(RunError):
+    """Every round of prompts gave groups whose rewards do not differ: there is nothing to learn from."""
+
+
+@dataclass(slots=True)
+class Admission:
+    """Which finished groups a batch takes, and how many it still needs.
+
+    Attributes:
+        wanted: Groups of a full batch.
+        drop_zero_variance: Dynamic sampling: groups whose rewards are all equal are set aside.
+        policy_lag: Weight versions that a group may be behind.
+        accepted: Groups of the batch, in order of admission.
+        without_signal: Groups set aside by dynamic sampling.
+        num_stale: Groups refused for their age.
+    """
+
+    wanted: int
+    drop_zero_variance: bool
+    policy_lag: int
+    accepted: list[RolloutGroup] = field(default_factory=list)
+    without_signal: list[RolloutGroup] = field(default_factory=list)
+    num_stale: int = 0
+
+    @property
+    def missing(self) -> int:
+        """Groups still needed."""
+        return self.wanted - len(self.accepted)
+
+    def offer(self, group: RolloutGroup, policy_version: int) -> None:
+        """Take or set aside a scored group, as seen from the trainer's current version."""
+        oldest = min(sample.policy_version for sample in group.samples)
+        if policy_version - oldest > self.policy_lag:
+            self.num_stale += 1
+        elif self.drop_zero_variance and not group.has_signal:
+            self.without_signal.append(group)
+        elif self.missing:
+            self.accepted.append(group)
+
+    def fill_up(self) -> int:
+        """Complete the batch with groups that were set aside; returns how many it took."""
+        count = min(self.missing, len(self.without_signal))
+        self.accepted += self.without_signal[:count]
+        return count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A full batch of scored groups.
+
+    Attributes:
+        groups: As many as the step wants, in the order they were drawn.
+        metrics: Counters of the rollout.
+    """
+
+    groups: list[RolloutGroup]
+    metrics: dict[str, float]
+
+
+class RolloutController:
+    """Turns prompts into batches.
+
+    Args:
+        engine: Generates.
+        prompts: All training prompts.
+        sampler: Order of the prompts.
+        scorer: Rewards.
+        decode: Token ids to text.
+        config: Batch size, sampling and bounds.
+        sampling: How tokens are drawn.
+        drop_zero_variance: Dynamic sampling.
+        seed: Seed of all draws.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: RolloutEngine,
+        prompts: Sequence[Prompt],
+        sampler: PromptSampler,
+        scorer: Scorer,
+        decode: Decode,
+        config: RolloutConfig,
+        sampling: SamplingParameters,
+        drop_zero_variance: bool,
+        seed: int,
+    ) -> None:
+        self.engine, self.prompts, self.sampler, self.scorer = engine, prompts, sampler, scorer
+        self.decode, self.config, self.sampling = decode, config, sampling
+        self.drop_zero_variance, self.seed = drop_zero_variance, seed
+
+    async def next_rollout(self, step: int, policy_version: int) -> Rollout:
+        """Generate, score and filter until the batch is full.
+
+        Args:
+            step: Number of the step; part of every sample's seed.
+            policy_version: The trainer's current version.
+
+        Raises:
+            NoSignalError: Dynamic sampling found no group with differing rewards in all its rounds.
+        """
+        admission = Admission(self.config.num_prompts_per_step, self.drop_zero_variance, self.config.policy_lag)
+        num_generated, rounds = 0, 0
+        rewards: list[float] = []
+        while admission.missing and rounds < self.config.max_generation_rounds:
+            prompts = [self.prompts[index] for index in self.sampler.next_indices(admission.missing)]
+            groups = await self.generate_groups(prompts, self.config.group_size, f"{step}.{rounds}", self.sampling)
+            for group in groups:
+                rewards += [sample.reward for sample in group.samples]
+                admission.offer(group, policy_version)
+            num_generated += len(groups)
+            rounds += 1
+        if not admission.accepted:
+            raise NoSignalError(
+                f"rollout.max_generation_rounds = {self.config.max_generation_rounds}: none of {num_generated} groups "
+                f"had differing rewards (mean reward {sum(rewards) / len(rewards):.3f}); the task is too easy or too "
+                "hard for this model, or the reward is broken: read samples.jsonl, or set "
+                "algorithm.drop_zero_variance_groups to false"
+            )
+        num_filled = admission.fill_up()
+        return Rollout(
+            groups=admission.accepted,
+            metrics={
+                "rollout/reward_mean_all": sum(rewards) / len(rewards),
+                "rollout/generation_rounds": rounds,
+                "rollout/groups_generated": num_generated,
+                "rollout/groups_without_signal": len(admission.without_signal),
+                "rollout/groups_filled_up": num_filled,
+                "rollout/groups_stale": admission.num_stale,
+                "rollout/epoch": self.sampler.epoch,
+            },
+        )
+
+    async def generate_groups(
+        self, prompts: Sequence[Prompt], group_size: int, seed_scope: str, sampling: SamplingParameters
+    ) -> list[RolloutGroup]:
+        """Generate and score a group for every prompt.
+
+        Args:
+            prompts: The prompts; one may occur several times.
+            group_size: Samples of each.
+            seed_scope: Part of every sample's seed, beside the run's seed, the prompt and the sample's index.
+            sampling: How tokens are drawn.
+        """
+        requests: dict[str, tuple[int, GenerationRequest]] = {}
+        for place, prompt in enumerate(prompts):
+            for index in range(group_size):
+                request = GenerationRequest(
+                    # The place keeps two draws of one prompt apart.
+                    prompt_id=f"{place}:{prompt.id}",
+                    sample_index=index,
+                    prompt_token_ids=prompt.token_ids,
+                    seed=derive_seed(self.seed, seed_scope, place, prompt.id, index),
+                    sampling=sampling,
+                )
+                requests[request.request_id] = (place, request)
+        await self.engine.submit([request for _, request in requests.values()])
+        groups = [RolloutGroup(prompt=prompt, samples=[]) for prompt in prompts]
+        async for result in self.engine.stream():
+            place, request = requests.pop(result.request_id)
+            groups[place].samples.append(self._score(prompts[place], request, result))
+        if requests:
+            raise RuntimeError(f"the engine lost {len(requests)} requests, {next(iter(requests))} first")
+        for group in groups:
+            group.samples.sort(key=lambda sample: sample.sample_index)
+        return groups
+
+    def _score(self, prompt: Prompt, request: GenerationRequest, result: GenerationResult) -> Sample:
+        ids = result.token_ids
+        shown = ids[:-1] if result.finish_reason == "stop" else ids
+        text = self.decode(shown.tolist())
+        return Sample(
+            prompt_id=prompt.id,
+            sample_index=request.sample_index,
+            response_token_ids=ids,
+            rollout_log_probs=result.log_probs,
+            finish_reason=result.finish_reason,
+            policy_version=result.policy_version,
+            response_text=text,
+            reward=self.scorer.score(prompt, text, result.finish_reason),
+        )

@@ -1,0 +1,241 @@
+"""The embedded engine: a transformers model in every trainer process, fed by the same weight stream as any engine.
+
+Rank 0 holds the controller and speaks the `RolloutEngine` protocol; `stream` there enters `serve`, in which all ranks
+take part: requests go out, every rank decodes its share, results come back. The other ranks wait in `follow`.
+"""
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_fipo.parallel.collectives import (
+    Arrays,
+    broadcast_arrays,
+    broadcast_json,
+    receive_arrays,
+    send_arrays,
+)
+from megatron_fipo.platform.device import compute_device
+from megatron_fipo.rollout.decoding import decode
+from megatron_fipo.rollout.engine import (
+    GenerationRequest,
+    GenerationResult,
+    SamplingParameters,
+    WeightBucket,
+)
+from megatron_fipo.types import FinishReason
+
+_FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
+
+
+class EmbeddedEngine:
+    """A transformers model on every rank, all of which generate.
+
+    Weights come from `update` alone, so that conversion and synchronisation are used on every machine.
+
+    Args:
+        model_config: Contents of the model's config.json.
+        folder: Model folder, for the architecture's own defaults.
+        dtype: Precision of the weights.
+        max_batch_sequences: Sequences decoded at once on each rank.
+    """
+
+    def __init__(
+        self, model_config: dict[str, Any], folder: Path, dtype: torch.dtype, max_batch_sequences: int
+    ) -> None:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        for key in ("max_position_embeddings", "rope_parameters"):
+            if key in model_config and hasattr(config, key):
+                setattr(config, key, model_config[key])
+        if "rope_theta" in model_config and isinstance(getattr(config, "rope_parameters", None), dict):
+            config.rope_parameters["rope_theta"] = model_config["rope_theta"]
+        with torch.device(compute_device()):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self.model.eval().requires_grad_(False)
+        self.max_batch_sequences = max_batch_sequences
+        self.policy_version = -1
+        # Tied weights appear under each of their names; a stream may send either.
+        self._weights = self.model.state_dict()
+        self._missing = self._parameter_names()
+        self._queue: list[GenerationRequest] = []
+        self._aborted: list[GenerationResult] = []
+
+    async def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests; rank 0 alone."""
+        self._queue.extend(requests)
+
+    async def stream(self) -> AsyncIterator[GenerationResult]:
+        """Generate everything queued, all ranks together, and yield the results; rank 0 alone."""
+        while self._queue or self._aborted:
+            aborted, self._aborted = self._aborted, []
+            for result in aborted:
+                yield result
+            queue, self._queue = self._queue, []
+            for result in self.serve(queue) if queue else []:
+                yield result
+
+    async def abort(self, request_ids: Collection[str]) -> None:
+        """Take queued requests back; none is ever half-way, since `serve` runs to its end."""
+        wanted = set(request_ids)
+        for request in self._queue:
+            if request.request_id in wanted:
+                empty = (np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32))
+                self._aborted.append(
+                    GenerationResult(
+                        request_id=request.request_id,
+                        token_ids=empty[0],
+                        log_probs=empty[1],
+                        finish_reason="abort",
+                        policy_version=self.policy_version,
+                    )
+                )
+        self._queue = [request for request in self._queue if request.request_id not in wanted]
+
+    async def update(self, bucket: WeightBucket) -> None:
+        """Copy a bucket into this rank's model; see `load`."""
+        self.load(bucket)
+
+    @torch.no_grad()
+    def load(self, bucket: WeightBucket) -> None:
+        """Copy a bucket into this rank's model.
+
+        Raises:
+            KeyError: The model has no parameter of that name.
+            RuntimeError: The last bucket came and a parameter was never sent.
+        """
+        for name, tensor in bucket.tensors.items():
+            self._weights[name].copy_(tensor)
+            self._missing.discard(name)
+        if bucket.is_last:
+            if self._missing:
+                raise RuntimeError(f"the weight stream lacks {len(self._missing)} tensors: {sorted(self._missing)[:3]}")
+            self.policy_version = bucket.policy_version
+            self._missing = self._parameter_names()
+
+    def _parameter_names(self) -> set[str]:
+        return {name for name, _ in self.model.named_parameters()}
+
+    def serve(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Generate on all ranks; called on rank 0 while the others are in `follow`.
+
+        Returns:
+            Results in the order of the requests.
+        """
+        broadcast_json(_sampling_groups(requests), 0)
+        results: list[GenerationResult] = []
+        for start, stop in _sampling_runs(requests):
+            results += self._serve_run(list(requests[start:stop]))
+        return results
+
+    def follow(self) -> None:
+        """Take part in every `serve` of rank 0 until its `release`; called on every other rank."""
+        while (groups := broadcast_json(None, 0)) is not None:
+            for sampling in groups:
+                sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+                share = self._share(_unpack_requests(broadcast_arrays(None, 0), SamplingParameters(**sampling)))
+                send_arrays(_pack_results(self._decode(share)), 0)
+
+    def release(self) -> None:
+        """Let the other ranks out of `follow`; called on rank 0."""
+        broadcast_json(None, 0)
+
+    def _serve_run(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
+        broadcast_arrays(_pack_requests(requests), 0)
+        results = self._decode(self._share(requests))
+        for rank in range(1, dist.get_world_size()):
+            results += _unpack_results(receive_arrays(rank))
+        names = [request.request_id for request in requests]
+        return [
+            GenerationResult(
+                request_id=name,
+                token_ids=result.token_ids,
+                log_probs=result.log_probs,
+                finish_reason=result.finish_reason,
+                policy_version=result.policy_version,
+            )
+            for name, result in zip(names, results, strict=True)
+        ]
+
+    def _share(self, requests: list[GenerationRequest]) -> list[GenerationRequest]:
+        """This rank's part: consecutive requests, so that a prompt's samples mostly stay together."""
+        bounds = np.linspace(0, len(requests), dist.get_world_size() + 1).round().astype(int)
+        return requests[bounds[dist.get_rank()] : bounds[dist.get_rank() + 1]]
+
+    def _decode(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
+        results: list[GenerationResult] = []
+        for first in range(0, len(requests), self.max_batch_sequences):
+            results += decode(self.model, requests[first : first + self.max_batch_sequences], self.policy_version)
+        return results
+
+
+def _sampling_runs(requests: Sequence[GenerationRequest]) -> list[tuple[int, int]]:
+    """Bounds of the runs of consecutive requests with equal sampling parameters."""
+    starts = [
+        index
+        for index in range(len(requests))
+        if index == 0 or requests[index].sampling != requests[index - 1].sampling
+    ]
+    return list(zip(starts, [*starts[1:], len(requests)], strict=True))
+
+
+def _sampling_groups(requests: Sequence[GenerationRequest]) -> list[dict[str, Any]]:
+    return [
+        {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "greedy": sampling.greedy,
+        }
+        for sampling in (requests[start].sampling for start, _ in _sampling_runs(requests))
+    ]
+
+
+def _pack_requests(requests: Sequence[GenerationRequest]) -> Arrays:
+    return {
+        "lengths": np.array([len(request.prompt_token_ids) for request in requests], dtype=np.int32),
+        "token_ids": np.concatenate([request.prompt_token_ids for request in requests]).astype(np.int32),
+        "seeds": np.array([request.seed for request in requests], dtype=np.int64),
+    }
+
+
+def _unpack_requests(arrays: Arrays, sampling: SamplingParameters) -> list[GenerationRequest]:
+    """Requests as the other ranks need them: results go back by position, so names stay on rank 0."""
+    prompts = np.split(arrays["token_ids"], np.cumsum(arrays["lengths"])[:-1])
+    return [
+        GenerationRequest(prompt_id="", sample_index=index, prompt_token_ids=prompt, seed=int(seed), sampling=sampling)
+        for index, (prompt, seed) in enumerate(zip(prompts, arrays["seeds"], strict=True))
+    ]
+
+
+def _pack_results(results: Sequence[GenerationResult]) -> Arrays:
+    empty = [np.empty(0)]
+    return {
+        "lengths": np.array([len(result.token_ids) for result in results], dtype=np.int32),
+        "token_ids": np.concatenate([*(r.token_ids for r in results), *empty]).astype(np.int32),
+        "log_probs": np.concatenate([*(r.log_probs for r in results), *empty]).astype(np.float32),
+        "finish": np.array([_FINISH_REASONS.index(r.finish_reason) for r in results], dtype=np.int32),
+        "versions": np.array([r.policy_version for r in results], dtype=np.int32),
+    }
+
+
+def _unpack_results(arrays: Arrays) -> list[GenerationResult]:
+    if not len(arrays["lengths"]):
+        return []
+    bounds = np.cumsum(arrays["lengths"])[:-1]
+    tokens, log_probs = np.split(arrays["token_ids"], bounds), np.split(arrays["log_probs"], bounds)
+    return [
+        GenerationResult(
+            request_id="",
+            token_ids=tokens[row],
+            log_probs=log_probs[row],
+            finish_reason=_FINISH_REASONS[int(arrays["finish"][row])],
+            policy_version=int(arrays["versions"][row]),
+        )
+        for row in range(len(tokens))
+    ]

@@ -1,0 +1,5 @@
+"""Ends of a run that are the run's own, not a defect of the program."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the text says where, why, and what to do. Raised on every rank."""

@@ -1,0 +1,181 @@
+"""Builds a run from its configuration; the only place where concrete classes are chosen."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fipo.actor.forward import ActorForward
+from megatron_fipo.actor.model import build_model, build_provider, unwrap
+from megatron_fipo.actor.optimizer import ActorOptimizer
+from megatron_fipo.actor.train_step import TrainStep
+from megatron_fipo.config.algorithm import effective_algorithm
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.load import dump_config
+from megatron_fipo.config.run import RunConfig
+from megatron_fipo.conversion.bridge import HfBridge
+from megatron_fipo.data.prompts import load_prompts
+from megatron_fipo.data.sampler import PromptSampler
+from megatron_fipo.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_fipo.parallel.collectives import broadcast_json
+from megatron_fipo.parallel.context import ParallelContext, build_parallel_context
+from megatron_fipo.rewards.registry import build_scorer, check_prompts
+from megatron_fipo.rollout.batch import batch_path
+from megatron_fipo.rollout.controller import RolloutController
+from megatron_fipo.rollout.embedded import EmbeddedEngine
+from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters
+from megatron_fipo.runtime.run_dir import RunDirectory
+from megatron_fipo.runtime.seeding import derive_seed
+from megatron_fipo.trainer.state import Actor, RolloutSide, Run
+from megatron_fipo.types import Prompt
+from megatron_fipo.weight_sync.in_process import InProcessSync
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_run(config: RunConfig) -> Run:
+    """Check the inputs, then build everything; collective over all ranks, after the process group has started.
+
+    Raises:
+        ConfigError: An input cannot be used; raised on every rank, before the model is built.
+    """
+    context = build_parallel_context(config.parallelism, derive_seed(config.seed, "model"))
+    bridge = HfBridge(config.model.path, config.model.context_length, config.model.rope_base)
+    generates = config.mode != "train_only"
+    make_controller = _on_main(context, lambda: _prepare_generation(config, bridge)) if generates else None
+    recorded = _on_main(context, lambda: _find_recorded(config)) if not generates else None
+    actor = _build_actor(config, bridge, context)
+    directory = _on_main(context, lambda: RunDirectory.create(config.output_dir, dump_config(config)))
+    if context.rank == 0:
+        logger.info("effective algorithm:\n%s", effective_algorithm(config.algorithm))
+    rollout = None
+    if generates:
+        engine = EmbeddedEngine(
+            bridge.export_config(_DTYPES[config.model.dtype]),
+            config.model.path,
+            _DTYPES[config.model.dtype],
+            config.rollout.max_batch_sequences,
+        )
+        sync = InProcessSync(bridge, unwrap(actor.chunks), engine, config.weight_sync)
+        controller, evaluation_prompts = make_controller(engine) if make_controller else (None, ())
+        rollout = RolloutSide(
+            engine=engine, weight_sync=sync, controller=controller, evaluation_prompts=evaluation_prompts
+        )
+    return Run(
+        config=config,
+        context=context,
+        actor=actor,
+        rollout=rollout,
+        directory=directory,
+        recorded=recorded or (),
+    )
+
+
+def _on_main[T](context: ParallelContext, action: Callable[[], T]) -> T | None:
+    """Do something on rank 0; a ConfigError there is raised on every rank."""
+    result, problem = None, None
+    if context.rank == 0:
+        try:
+            result = action()
+        except ConfigError as error:
+            problem = [error.field, str(error.value), error.rule, error.way_out]
+    problem = broadcast_json(problem, 0)
+    if problem is not None:
+        raise ConfigError(*problem)
+    return result
+
+
+def _prepare_generation(
+    config: RunConfig, bridge: HfBridge
+) -> Callable[[RolloutEngine], tuple[RolloutController, Sequence[Prompt]]]:
+    """Load tokenizer and prompts; returns what makes the controller and the held-out prompts for an engine."""
+    tokenizer = load_tokenizer(config.model.path, bridge.vocab_size)
+    scorer = build_scorer(config.reward)
+    train = load_prompts(config.data.train, config.data, tokenizer, "data.train").prompts
+    check_prompts(config.reward, train)
+    held_out: tuple[Prompt, ...] = ()
+    if config.data.evaluation is not None:
+        held_out = load_prompts(config.data.evaluation, config.data, tokenizer, "data.evaluation").prompts
+        check_prompts(config.reward, held_out)
+        _check_held_out(config, train, held_out)
+    sampling = SamplingParameters(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        max_tokens=config.rollout.max_response_tokens,
+        stop_token_ids=stop_token_ids(config.model.path, tokenizer, config.rollout.stop_token_ids),
+    )
+
+    def make(engine: RolloutEngine) -> tuple[RolloutController, Sequence[Prompt]]:
+        controller = RolloutController(
+            engine=engine,
+            prompts=train,
+            sampler=PromptSampler(len(train), derive_seed(config.seed, "prompts"), config.data.shuffle),
+            scorer=scorer,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+            config=config.rollout,
+            sampling=sampling,
+            drop_zero_variance=config.algorithm.drop_zero_variance_groups,
+            seed=config.seed,
+        )
+        return controller, held_out
+
+    return make
+
+
+def _check_held_out(config: RunConfig, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    wanted = config.evaluation.num_prompts
+    if len(held_out) < wanted:
+        raise ConfigError(
+            field="evaluation.num_prompts",
+            value=wanted,
+            rule=f"must not exceed the {len(held_out)} usable prompts of data.evaluation",
+            way_out="lower it or give more prompts",
+        )
+    seen = {prompt.token_ids.tobytes() for prompt in train}
+    shared = sum(prompt.token_ids.tobytes() in seen for prompt in held_out[:wanted])
+    if shared:
+        logger.warning("%d of %d evaluation prompts also occur among the training prompts", shared, wanted)
+
+
+def _find_recorded(config: RunConfig) -> list[Path]:
+    assert config.recorded_rollouts is not None
+    paths = [batch_path(config.recorded_rollouts, step) for step in range(1, config.num_steps + 1)]
+    for step, path in enumerate(paths, start=1):
+        if not path.is_file():
+            raise ConfigError(
+                field="num_steps",
+                value=config.num_steps,
+                rule=f"must not exceed the recorded rollouts: {path} for step {step} does not exist",
+                way_out="lower num_steps, or record more with mode rollout_only",
+            )
+    return paths
+
+
+def _build_actor(config: RunConfig, bridge: HfBridge, context: ParallelContext) -> Actor:
+    provider = build_provider(bridge, config.model, config.parallelism, context)
+    chunks = build_model(provider, bridge, config.parallelism, context)
+    forward = ActorForward(chunks, provider, config.model, context, bridge.vocab_size, config.rollout.temperature)
+    train_step = None
+    if config.mode != "rollout_only":
+        optimizer = ActorOptimizer(chunks, config.optimizer, config.parallelism, provider.bf16)
+        train_step = TrainStep(forward, optimizer, config.algorithm, context)
+    _log_size(context, chunks)
+    return Actor(bridge=bridge, chunks=chunks, forward=forward, train_step=train_step)
+
+
+def _log_size(context: ParallelContext, chunks: list[Any]) -> None:
+    if context.rank == 0:
+        count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        logger.info(
+            "actor: %.2f M parameters on this rank; %d ranks = tensor %d × context %d × pipeline %d × data %d",
+            count / 1e6,
+            context.world_size,
+            context.tp_size,
+            context.cp_size,
+            context.pp_size,
+            context.dp_size,
+        )

@@ -1,0 +1,74 @@
+"""Accuracy on held-out problems, sampled and greedy."""
+
+import asyncio
+import dataclasses
+import math
+
+from megatron_fipo.rollout.controller import RolloutController
+from megatron_fipo.trainer.state import Run
+from megatron_fipo.types import RolloutGroup
+
+# Two-sided normal quantile of a 95 % interval.
+_Z95 = 1.959963984540054
+
+
+def evaluate_when_due(run: Run, step: int) -> dict[str, float]:
+    """Evaluate before the first step, after the last, and every `evaluation.every_steps`.
+
+    Collective over all ranks.
+
+    Returns:
+        Metrics on rank 0 (`eval/accuracy` at sampling temperature with its 95 % interval, `eval/greedy_accuracy`);
+        nothing elsewhere or when none is due.
+    """
+    every = run.config.evaluation.every_steps
+    due = step in (0, run.config.num_steps) or (every > 0 and step % every == 0)
+    if not due or run.rollout is None or run.config.data.evaluation is None or run.config.mode != "train":
+        return {}
+    with run.timer.phase("evaluation"):
+        if run.rollout.controller is None:
+            run.rollout.engine.follow()
+            return {}
+        try:
+            return asyncio.run(_evaluate(run, run.rollout.controller))
+        finally:
+            run.rollout.engine.release()
+
+
+async def _evaluate(run: Run, controller: RolloutController) -> dict[str, float]:
+    assert run.rollout is not None
+    prompts = run.rollout.evaluation_prompts[: run.config.evaluation.num_prompts]
+    # One seed scope for all evaluations: they differ by the weights alone.
+    groups = await controller.generate_groups(prompts, 1, "evaluation", controller.sampling)
+    rewards = _rewards(groups)
+    low, high = wilson_interval(sum(rewards), len(rewards))
+    metrics = {
+        "eval/num_problems": float(len(rewards)),
+        "eval/accuracy": sum(rewards) / len(rewards),
+        "eval/accuracy_low": low,
+        "eval/accuracy_high": high,
+        "eval/response_length_mean": sum(len(g.samples[0].response_token_ids) for g in groups) / len(groups),
+    }
+    if run.config.evaluation.greedy:
+        greedy = dataclasses.replace(controller.sampling, greedy=True)
+        rewards = _rewards(await controller.generate_groups(prompts, 1, "evaluation", greedy))
+        metrics["eval/greedy_accuracy"] = sum(rewards) / len(rewards)
+    return metrics
+
+
+def _rewards(groups: list[RolloutGroup]) -> list[float]:
+    return [sample.reward for group in groups for sample in group.samples]
+
+
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927, J. Am. Stat. Assoc. 22).
+
+    Args:
+        successes: Number, or sum of fractional scores.
+        trials: At least 1.
+    """
+    rate = successes / trials
+    spread = _Z95**2 / trials
+    centre = (rate + spread / 2) / (1 + spread)
+    half = _Z95 / (1 + spread) * math.sqrt(rate * (1 - rate) / trials + spread / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)

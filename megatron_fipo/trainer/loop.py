@@ -1,0 +1,141 @@
+"""The training loop. Every rank runs it; rank 0 also drives the rollouts and writes the files."""
+
+import asyncio
+import logging
+import math
+from collections.abc import Sequence
+
+from megatron_fipo.actor.micro_batch import MicroBatch
+from megatron_fipo.actor.shard import packing_rules, shard_micro_batches
+from megatron_fipo.actor.train_step import UpdateResult
+from megatron_fipo.parallel.collectives import broadcast_json, gather_json
+from megatron_fipo.platform.device import compute_device
+from megatron_fipo.rollout.batch import assign_updates, batch_path, build_train_batch, load_batch, save_batch
+from megatron_fipo.rollout.controller import NoSignalError, Rollout
+from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.trainer.evaluation import evaluate_when_due
+from megatron_fipo.trainer.export import export_when_done
+from megatron_fipo.trainer.reporting import report_start, report_step
+from megatron_fipo.trainer.state import Run
+from megatron_fipo.types import TrainBatch
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient was not finite. The update was not applied."""
+
+
+def train(run: Run) -> None:
+    """Run all steps; collective over all ranks.
+
+    Raises:
+        NoSignalError: Dynamic sampling found nothing to learn from.
+        NonFiniteError: A loss or gradient was not finite.
+    """
+    sync_weights(run)
+    report_start(run, evaluate_when_due(run, step=0))
+    for step in range(1, run.config.num_steps + 1):
+        rollout = collect_rollout(run, step)
+        batch = assemble_batch(run, step, rollout)
+        micro_batches = distribute_batch(run, batch)
+        compute_old_log_probs(run, micro_batches)
+        results = update_policy(run, step, micro_batches)
+        sync_weights(run)
+        evaluation = evaluate_when_due(run, step)
+        report_step(run, step, rollout, batch, results, evaluation)
+    export_when_done(run)
+
+
+def collect_rollout(run: Run, step: int) -> Rollout | None:
+    """Prompts → requests → responses → rewards → filter: a full batch of groups on rank 0, None elsewhere.
+
+    In train-only runs there is nothing to collect.
+    """
+    if run.rollout is None:
+        return None
+    with run.timer.phase("rollout"):
+        if run.rollout.controller is None:
+            run.rollout.engine.follow()
+            rollout, problem = None, None
+        else:
+            rollout, problem = None, None
+            try:
+                rollout = asyncio.run(run.rollout.controller.next_rollout(step, run.policy_version))
+            except NoSignalError as error:
+                problem = str(error)
+            finally:
+                run.rollout.engine.release()
+        # The others must hear of it too, or they would wait in the next collective.
+        problem = broadcast_json(problem, 0)
+    if problem is not None:
+        raise NoSignalError(problem)
+    return rollout
+
+
+def assemble_batch(run: Run, step: int, rollout: Rollout | None) -> TrainBatch | None:
+    """The step's packed batch with advantages, on rank 0: from the rollout, or from a recording."""
+    if not run.is_main:
+        return None
+    if rollout is None:
+        return assign_updates(load_batch(run.recorded[step - 1]), run.config.algorithm)
+    batch = build_train_batch(rollout.groups, run.config.algorithm, run.config.rollout.temperature)
+    if run.config.mode == "rollout_only":
+        assert run.directory is not None
+        save_batch(batch, batch_path(run.directory.rollouts, step))
+    return batch
+
+
+def distribute_batch(run: Run, batch: TrainBatch | None) -> list[list[MicroBatch]]:
+    """Every rank's micro-batches, by mini-batch; none in rollout-only runs."""
+    if run.actor.train_step is None:
+        return []
+    with run.timer.phase("distribute"):
+        return shard_micro_batches(batch, packing_rules(run.config.parallelism), run.context, compute_device())
+
+
+def compute_old_log_probs(run: Run, micro_batches: Sequence[Sequence[MicroBatch]]) -> None:
+    """Log-probabilities under the weights before the first update, on the packs that the updates use."""
+    with run.timer.phase("old_log_probs"):
+        for mini_batch in micro_batches:
+            scores = run.actor.forward.log_probs(mini_batch)
+            for micro_batch, log_probs in zip(mini_batch, scores, strict=False):
+                micro_batch.old_log_probs = log_probs
+
+
+def update_policy(run: Run, step: int, micro_batches: Sequence[Sequence[MicroBatch]]) -> list[UpdateResult]:
+    """One optimizer step per mini-batch.
+
+    Raises:
+        NonFiniteError: A loss or gradient was not finite; the weights are those before it.
+    """
+    results: list[UpdateResult] = []
+    train_step = run.actor.train_step
+    if train_step is None:
+        return results
+    if not any(gather_json(_has_signal(micro_batches))):
+        logger.warning("step %d: every group has equal rewards; all its updates were skipped", step)
+        return results
+    with run.timer.phase("update"):
+        for number, mini_batch in enumerate(micro_batches):
+            result = train_step.update(mini_batch)
+            results.append(result)
+            if result.applied:
+                continue
+            where = f"step {step}, update {number + 1} of {len(micro_batches)}"
+            if result.denominator and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+                raise NonFiniteError(f"{where}: {result.skip_reason}; the update was not applied")
+            logger.warning("%s was skipped: %s", where, result.skip_reason)
+    run.policy_version += 1
+    return results
+
+
+def _has_signal(micro_batches: Sequence[Sequence[MicroBatch]]) -> bool:
+    return any(bool(each.advantages.any()) for mini_batch in micro_batches for each in mini_batch)
+
+
+def sync_weights(run: Run) -> None:
+    """Bring the engine to the actor's current weights."""
+    if run.rollout is not None and run.rollout.engine.policy_version != run.policy_version:
+        with run.timer.phase("weight_sync"):
+            run.rollout.weight_sync.push(run.policy_version)

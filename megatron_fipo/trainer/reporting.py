@@ -1,0 +1,161 @@
+"""What a run says about itself: one metrics line a step, sampled responses, log lines."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_fipo.actor.train_step import UpdateResult
+from megatron_fipo.platform.device import peak_memory_bytes
+from megatron_fipo.rollout.controller import Rollout
+from megatron_fipo.trainer.state import Run
+from megatron_fipo.types import RolloutGroup, TrainBatch
+
+logger = logging.getLogger(__name__)
+
+# Update metrics whose step value is not the mean over updates.
+_SUMMED = ("fipo/dropped_sequences",)
+
+
+def report_start(run: Run, evaluation: Mapping[str, float]) -> None:
+    """Write the line of step 0: the evaluation before training."""
+    times = run.timer.drain()
+    if run.directory is not None:
+        run.directory.append_metrics({"step": 0, **evaluation, **times})
+        _log_evaluation(0, evaluation)
+
+
+def report_step(
+    run: Run,
+    step: int,
+    rollout: Rollout | None,
+    batch: TrainBatch | None,
+    results: Sequence[UpdateResult],
+    evaluation: Mapping[str, float],
+) -> None:
+    """Write a step's line to metrics.jsonl, samples to samples.jsonl, and a log line; rank 0 alone does anything."""
+    times = run.timer.drain()
+    if run.directory is None or batch is None:
+        return
+    metrics: dict[str, Any] = {"step": step, "policy_version": run.policy_version}
+    metrics |= _batch_metrics(batch)
+    if rollout is not None:
+        metrics |= rollout.metrics
+        run.directory.append_samples(_sample_records(step, rollout.groups, run.config.metrics.samples_per_step))
+    metrics |= _update_metrics(results)
+    metrics |= evaluation
+    metrics |= times
+    metrics |= _throughput(batch, times)
+    run.directory.append_metrics(metrics)
+    _log_step(run, metrics)
+    _log_evaluation(step, evaluation)
+
+
+def _batch_metrics(batch: TrainBatch) -> dict[str, float]:
+    responses = batch.sequence_lengths - batch.prompt_lengths
+    return {
+        "rollout/reward_mean": float(batch.rewards.mean()),
+        "rollout/num_sequences": batch.num_sequences,
+        "rollout/response_length_mean": float(responses.mean()),
+        "rollout/response_length_max": int(responses.max()),
+        "rollout/prompt_length_mean": float(batch.prompt_lengths.mean()),
+        "rollout/advantage_abs_mean": float(np.abs(batch.advantages).mean()),
+    }
+
+
+def _update_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:
+    """Means over a step's updates; the null mini-batch, the first, on its own."""
+    if not results:
+        return {}
+    metrics: dict[str, Any] = {
+        "train/updates": len(results),
+        "train/updates_skipped": sum(not result.applied for result in results),
+        "train/loss": float(np.mean([result.loss for result in results])),
+        "train/grad_norm": float(np.mean([result.grad_norm for result in results])),
+        "train/learning_rate": results[-1].learning_rate,
+        "train/loss_by_update": [result.loss for result in results],
+        "train/grad_norm_by_update": [result.grad_norm for result in results],
+    }
+    for key in sorted({key for result in results for key in result.metrics} - set(metrics)):
+        values = [result.metrics[key] for result in results if key in result.metrics]
+        metrics[key] = _combine(key, values)
+    return metrics | _null_mini_batch(results[0])
+
+
+def _combine(key: str, values: Sequence[float]) -> float:
+    if key in _SUMMED:
+        return float(np.sum(values))
+    if key.endswith("_max"):
+        return float(np.max(values))
+    return float(np.min(values)) if key.endswith("_min") else float(np.mean(values))
+
+
+def _null_mini_batch(first: UpdateResult) -> dict[str, float]:
+    """Spread of the Future-KL where it must be 0: before any update the policy is the old one."""
+    if "fipo/future_kl_square_mean" not in first.metrics:
+        return {}
+    mean, square = first.metrics["fipo/future_kl_mean"], first.metrics["fipo/future_kl_square_mean"]
+    return {"fipo/null_future_kl_std": max(square - mean**2, 0.0) ** 0.5}
+
+
+def _throughput(batch: TrainBatch, times: Mapping[str, float]) -> dict[str, float]:
+    rates = {"perf/peak_memory_gib": peak_memory_bytes() / 1024**3}
+    response_tokens = float(batch.response_mask.sum())
+    if times.get("time/rollout_s"):
+        rates["perf/rollout_response_tokens_per_s"] = response_tokens / times["time/rollout_s"]
+    if times.get("time/update_s"):
+        rates["perf/update_tokens_per_s"] = float(batch.sequence_lengths.sum()) / times["time/update_s"]
+    return rates
+
+
+def _sample_records(step: int, groups: Sequence[RolloutGroup], count: int) -> list[dict[str, Any]]:
+    """The first sample of evenly spread groups."""
+    chosen = np.linspace(0, len(groups) - 1, min(count, len(groups))).round().astype(int) if count else []
+    records = []
+    for index in dict.fromkeys(int(each) for each in chosen):
+        group = groups[index]
+        sample = group.samples[0]
+        records.append(
+            {
+                "step": step,
+                "prompt_id": group.prompt.id,
+                "prompt": group.prompt.text,
+                "response": sample.response_text,
+                "answer": group.prompt.answer,
+                "reward": float(sample.reward),
+                "finish_reason": sample.finish_reason,
+                "response_tokens": len(sample.response_token_ids),
+                "group_rewards": [float(each) for each in group.rewards],
+            }
+        )
+    return records
+
+
+def _log_step(run: Run, metrics: Mapping[str, Any]) -> None:
+    seconds = sum(value for key, value in metrics.items() if key.startswith("time/"))
+    parts = [
+        f"step {metrics['step']}/{run.config.num_steps}",
+        f"reward {metrics['rollout/reward_mean']:.3f}",
+        f"length {metrics['rollout/response_length_mean']:.1f}",
+    ]
+    if "train/loss" in metrics:
+        parts += [f"loss {metrics['train/loss']:+.5f}", f"grad norm {metrics['train/grad_norm']:.3f}"]
+    if "fipo/influence_weight_mean" in metrics:
+        parts.append(f"influence {metrics['fipo/influence_weight_mean']:.4f}")
+    logger.info("%s (%.1f s)", ", ".join(parts), seconds)
+
+
+def _log_evaluation(step: int, evaluation: Mapping[str, float]) -> None:
+    if not evaluation:
+        return
+    greedy = evaluation.get("eval/greedy_accuracy")
+    logger.info(
+        "evaluation after step %d: accuracy %.3f (95 %% interval %.3f to %.3f) on %d held-out problems%s",
+        step,
+        evaluation["eval/accuracy"],
+        evaluation["eval/accuracy_low"],
+        evaluation["eval/accuracy_high"],
+        evaluation["eval/num_problems"],
+        "" if greedy is None else f", greedy {greedy:.3f}",
+    )
