@@ -88,7 +88,8 @@ def _gather_chunks(local: Tensor, layout: PackLayout, group: dist.ProcessGroup |
 def _carries(heads: Tensor, half_life: float, layout: PackLayout) -> Tensor:
     """What follows each of this rank's chunks, as its next token sees it: [N, 2·C] heads to [N, 2]."""
     weights = _carry_weights(layout.padded_lengths, layout.cp_size, half_life, heads.device)
-    mine = weights[:, layout.local_chunk_numbers]
+    # Stacked slices: an index list would be copied to the device, and the host would wait for it.
+    mine = torch.stack([weights[:, number] for number in layout.local_chunk_numbers], dim=1)
     return (mine * heads[:, None, :]).sum(dim=-1)
 
 
