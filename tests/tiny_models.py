@@ -53,7 +53,7 @@ def write_tiny_model(folder: Path, architecture: str = "qwen2", *, tied: bool = 
     else:
         model = LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=tied))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.08)
+        torch.nn.init.normal_(parameter, std=0.05)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.add_(1.0)

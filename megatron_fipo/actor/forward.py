@@ -22,7 +22,7 @@ from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.device import uses_cuda
 
-# Log-probabilities [t] float32 with gradient and entropy [t] float32; zero where no response token is predicted.
+# Log-probabilities [t] float64 with gradient and entropy [t] float64; zero where no response token is predicted.
 Scores = tuple[Tensor, Tensor]
 LossFunction = Callable[..., Any]
 
@@ -93,7 +93,7 @@ class ActorForward:
 
     @torch.no_grad()
     def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probabilities [t] float32 of every micro-batch, on the last pipeline stage; elsewhere nothing."""
+        """Log-probabilities [t] float64 of every micro-batch, on the last pipeline stage; elsewhere nothing."""
 
         def keep_log_probs(scores: Scores, non_loss_data: bool = True) -> Tensor:
             return scores[0]
@@ -144,7 +144,7 @@ class ActorForward:
             chunk_tokens=self.model.log_prob_chunk_tokens,
             recompute_logits=self.model.recompute_logits,
         )
-        everywhere = torch.zeros(context.layout.num_local_tokens, dtype=torch.float32, device=log_probs.device)
+        everywhere = torch.zeros(context.layout.num_local_tokens, dtype=torch.float64, device=log_probs.device)
         return (
             everywhere.index_copy(0, positions, log_probs),
             everywhere.index_copy(0, positions, entropy),

@@ -38,7 +38,7 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,9 @@ class PackedDotProductAttention(MegatronModule):
             query: [T / C, heads, head size].
             key: [T / C, KV heads, head size].
             value: [T / C, KV heads, head size].
+            attention_mask: Unused: the mask follows from the plan.
+            attn_mask_type: Unused: always causal within a sequence.
+            attention_bias: Unused.
             packed_seq_params: Carries the attention plan.
 
         Returns:

@@ -4,6 +4,9 @@ Shapes: n tokens that count, h hidden size, V vocabulary size, W tensor-parallel
 matrix. Only tokens that count are multiplied by the matrix at all, in chunks, and one copy of their logits in the
 compute dtype is kept for the backward pass, which turns it into the gradient in place. With `recompute_logits` not
 even that copy is kept.
+
+What there is one of per token is float64: a float32 log-probability near −6 is rounded by 2e-7, and the Future-KL adds
+up dozens of such roundings.
 """
 
 from dataclasses import dataclass
@@ -57,7 +60,7 @@ def linear_log_probs(
         recompute_logits: Compute the logits again in the backward pass instead of keeping them.
 
     Returns:
-        Log-probabilities [n] float32 with gradient, and entropies [n] float32, in nats, without.
+        Log-probabilities [n] float64 with gradient, and entropies [n] float64, in nats, without.
     """
     log_probs, entropy = _LinearLogProbs.apply(
         hidden, weight, targets, shard, temperature, chunk_tokens, recompute_logits
@@ -79,7 +82,7 @@ class _LinearLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = weight.shape[0]
         keep_logits = (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]) and not recompute_logits
-        log_probs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        log_probs = torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device)
         entropy = torch.empty_like(log_probs)
         log_partition = torch.empty_like(log_probs)
         kept = hidden.new_empty(hidden.shape[0], rows) if keep_logits else None
@@ -140,7 +143,7 @@ def _chunk_statistics(scores: Tensor, targets: Tensor, shard: VocabularyShard) -
     exponentials = shifted.exp()
     # Padding rows have weight 0 and score −inf; their product must count as 0.
     weighted = torch.where(exponentials > 0, shifted, 0.0).mul_(exponentials).sum(dim=-1)
-    sums = torch.stack([exponentials.sum(dim=-1), weighted, target_score])
+    sums = torch.stack([exponentials.sum(dim=-1, dtype=torch.float64), weighted.double(), target_score.double()])
     if shard.group.size() > 1:
         dist.all_reduce(sums, group=shard.group)
     partition, weighted, target_score = sums
@@ -152,9 +155,10 @@ def _to_gradient_(
     scores: Tensor, targets: Tensor, log_partition: Tensor, upstream: Tensor, shard: VocabularyShard
 ) -> None:
     """Turn scores [n, V/W] into upstream · (1[target] − softmax) in place."""
-    scores.sub_(log_partition[:, None]).exp_().mul_(-upstream[:, None])
+    factors = upstream.to(scores.dtype)
+    scores.sub_(log_partition.to(scores.dtype)[:, None]).exp_().mul_(-factors[:, None])
     local, here = _local_targets(targets, scores.shape[1], shard)
-    scores.scatter_add_(1, local[:, None], torch.where(here, upstream, 0.0)[:, None])
+    scores.scatter_add_(1, local[:, None], torch.where(here, factors, 0.0)[:, None])
 
 
 def _local_targets(targets: Tensor, rows: int, shard: VocabularyShard) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """One micro-batch as tensors on one rank.
 
-Everything is indexed by the position that predicts: entry t of a sequence belongs to the token at t + 1, which is where
-the model's output for that token lives. Shifting before the sequence is cut into chunks leaves no border to look across.
+Everything is indexed by the position that predicts: entry t of a sequence belongs to the token at t + 1, because the
+model's output for that token lives at t. Shifting before the sequence is cut into chunks leaves no border to look across.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class MicroBatch:
         response_lengths: [N] int64 response tokens of every sequence over all ranks; 0 for a filler.
         advantages: [t] float32.
         rollout_log_probs: [t] float32, the engine's.
-        old_log_probs: [t] float32, the actor's before the first update; set by the old-log-probability pass.
+        old_log_probs: [t] float64, the actor's before the first update; set by the old-log-probability pass.
     """
 
     layout: PackLayout

@@ -43,7 +43,7 @@ def shard_micro_batches(
     Returns:
         Micro-batches by mini-batch.
     """
-    lengths = None
+    lengths: Arrays | None = None
     if batch is not None:
         lengths = {
             "sequence_lengths": batch.sequence_lengths,

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from megatron_fipo.config.base import config_class, require
 
 PROBLEMS_PER_SEED = 2**20
-"""Distance between the generator seeds of neighbouring reasoning-gym sets: the largest set without overlap."""
+"""Distance between the generator seeds of neighbouring reasoning-gym sets: the largest set without
+overlap."""
 
 _LARGEST_SEED = 2**32 // PROBLEMS_PER_SEED - 1
 

@@ -34,11 +34,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for field in ("context_length", "rope_base"):
-            value = getattr(self, field)
+        for name in ("context_length", "rope_base"):
+            value = getattr(self, name)
             require(
                 value is None or value > 0,
-                field=field,
+                field=name,
                 value=value,
                 rule="must be positive, or null to keep the model's own",
                 way_out="set it to null",

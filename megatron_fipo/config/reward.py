@@ -15,9 +15,9 @@ class RewardConfig:
     own scorer."""
 
     answer_pattern: str | None = None
-    """Regular expression whose first group is the answer, the last match counting; null takes the whole response.
-    It is searched in the response's last 10,000 characters. Patterns whose search time explodes (nested repeats such
-    as "(a+)+b") are not recognised: keep it simple."""
+    """Regular expression whose first group is the answer, the last match counting; null takes the whole
+    response. It is searched in the response's last 10,000 characters. Patterns whose search time explodes
+    (nested repeats such as "(a+)+b") are not recognised: keep it simple."""
 
     require_stop: bool = True
     """A response that did not end by itself (cut off by the token limit, say) scores 0."""

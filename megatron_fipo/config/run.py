@@ -34,13 +34,13 @@ class RunConfig:
     """"train" does everything, "train_only" trains on recorded rollouts, "rollout_only" records them."""
 
     recorded_rollouts: Path | None = None
-    """Folder of recorded rollout batches, read by train_only; rollout_only writes to `rollouts/` in the run directory."""
+    """Folder of recorded rollout batches for train_only; a rollout_only run writes one, `rollouts/` in its directory."""
 
     model: ModelConfig
     """The model."""
 
-    data: DataConfig
-    """Prompts."""
+    data: DataConfig | None = None
+    """Prompts; needed unless mode is train_only."""
 
     algorithm: AlgorithmConfig
     """Policy loss: fipo, dapo or grpo."""
@@ -92,7 +92,27 @@ class RunConfig:
             rule=f"must be a multiple of algorithm.updates_per_rollout = {self.algorithm.updates_per_rollout}",
             way_out="change either, so that every mini-batch has the same number of groups",
         )
-        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        require(
+            self.rollout.group_size >= 2,
+            field="rollout.group_size",
+            value=self.rollout.group_size,
+            rule="must be at least 2: advantages are relative to the group",
+            way_out="8 or 16 are good values",
+        )
+        if self.data is None:
+            require(
+                self.mode == "train_only",
+                field="data",
+                value=None,
+                rule=f'must be given with mode = "{self.mode}"',
+                way_out="name the training prompts under data.train",
+            )
+        else:
+            self._check_lengths(self.data.max_prompt_tokens)
+
+    def _check_lengths(self, max_prompt_tokens: int) -> None:
+        """Refuse prompts and responses that together exceed the token budget or the context."""
+        longest = max_prompt_tokens + self.rollout.max_response_tokens
         multiple = self.parallelism.pack_multiple
         padded = -(-longest // multiple) * multiple
         require(
@@ -100,7 +120,7 @@ class RunConfig:
             field="parallelism.max_tokens_per_micro_batch",
             value=self.parallelism.max_tokens_per_micro_batch,
             rule=(
-                f"must hold the longest sequence: data.max_prompt_tokens = {self.data.max_prompt_tokens} + "
+                f"must hold the longest sequence: data.max_prompt_tokens = {max_prompt_tokens} + "
                 f"rollout.max_response_tokens = {self.rollout.max_response_tokens}, padded to {padded}"
             ),
             way_out=f"raise it to at least {padded}, or shorten prompts or responses",
@@ -111,11 +131,4 @@ class RunConfig:
             value=self.model.context_length,
             rule=f"must hold the longest sequence of {longest} tokens",
             way_out=f"raise it to at least {longest}, or shorten prompts or responses",
-        )
-        require(
-            self.rollout.group_size >= 2,
-            field="rollout.group_size",
-            value=self.rollout.group_size,
-            rule="must be at least 2: advantages are relative to the group",
-            way_out="8 or 16 are good values",
         )

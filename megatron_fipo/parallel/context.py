@@ -121,7 +121,10 @@ def _model_parallel_group(replicas: list[list[int]]) -> dist.ProcessGroup:
     part in making every group, in the same order.
     """
     groups = [dist.new_group(ranks) for ranks in replicas]
-    return next(group for group, ranks in zip(groups, replicas, strict=True) if dist.get_rank() in ranks)
+    mine: dist.ProcessGroup = next(
+        group for group, ranks in zip(groups, replicas, strict=True) if dist.get_rank() in ranks
+    )
+    return mine
 
 
 def destroy_parallel_context() -> None:

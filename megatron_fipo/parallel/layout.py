@@ -3,7 +3,7 @@
 A pack is several sequences laid end to end. Under context parallelism of size C every sequence is padded to a
 multiple of 2·C and cut into 2·C chunks of equal length; rank r holds chunk r and chunk 2·C−1−r ("zigzag"), so that
 causal attention costs every rank the same. A rank's local tensor is, sequence by sequence, its first chunk and then
-its second. Everything here is a pure function of (padded lengths, cp_rank, cp_size): no process group, no communication.
+its second. Everything here is a pure function of (padded lengths, cp_rank, cp_size); nothing communicates.
 """
 
 from collections.abc import Sequence

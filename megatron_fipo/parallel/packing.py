@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_fipo.config.base import ConfigError
 from megatron_fipo.parallel.layout import PackLayout, sequence_multiple
 
 
@@ -68,15 +69,18 @@ def plan_packs(
         packs[mini_batch][dp_rank]: micro-batches, of equal number over the ranks of a mini-batch.
 
     Raises:
-        ValueError: A sequence does not fit the token budget.
+        ConfigError: A sequence does not fit the token budget.
     """
     longest = max(sequence_lengths, default=0)
     if _padded(longest, rules) > _budget(rules):
-        raise ValueError(
-            f"parallelism.max_tokens_per_micro_batch = {rules.max_tokens}: the longest sequence needs "
-            f"{_padded(longest, rules)} tokens after padding; raise it to at least "
-            f"{math.ceil(_padded(longest, rules) / rules.pack_multiple) * rules.pack_multiple} or shorten "
-            "rollout.max_response_tokens"
+        raise ConfigError(
+            field="parallelism.max_tokens_per_micro_batch",
+            value=rules.max_tokens,
+            rule=f"must hold the longest sequence, {_padded(longest, rules)} tokens after padding",
+            way_out=(
+                f"raise it to at least {math.ceil(_padded(longest, rules) / rules.pack_multiple) * rules.pack_multiple}"
+                " or shorten rollout.max_response_tokens"
+            ),
         )
     num_mini_batches = max(mini_batch_ids, default=-1) + 1
     members: list[list[int]] = [[] for _ in range(num_mini_batches)]

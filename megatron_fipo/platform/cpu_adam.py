@@ -63,7 +63,7 @@ class CpuFusedAdam(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
                 self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters]
+        gradients: Any = [parameter.grad for parameter in parameters]
         first = [self.state[parameter]["exp_avg"] for parameter in parameters]
         second = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
         if group["weight_decay"]:

@@ -54,8 +54,8 @@ class _Stream:
     def __enter__(self) -> "_Stream":
         return self
 
-    def __exit__(self, *_exc: Any) -> bool:
-        return False
+    def __exit__(self, *_exc: Any) -> None:
+        pass
 
 
 class _Event:

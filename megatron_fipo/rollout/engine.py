@@ -87,17 +87,20 @@ class WeightBucket:
 
 
 class RolloutEngine(Protocol):
-    """An engine as the rollout controller sees it.
+    """An engine as the rollout controller sees it."""
 
-    `submit` queues requests and returns; `stream` yields results in the order they finish and ends when nothing is
-    left in flight; `abort` ends requests early, whose results come with finish reason "abort"; `update` takes in one
-    bucket of new weights, the last of which makes the version current.
-    """
+    async def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests and return."""
+        ...
 
-    async def submit(self, requests: Sequence[GenerationRequest]) -> None: ...
+    def stream(self) -> AsyncIterator[GenerationResult]:
+        """Yield results in the order they finish; end when nothing is left in flight."""
+        ...
 
-    def stream(self) -> AsyncIterator[GenerationResult]: ...
+    async def abort(self, request_ids: Collection[str]) -> None:
+        """End requests early; their results come with finish reason "abort"."""
+        ...
 
-    async def abort(self, request_ids: Collection[str]) -> None: ...
-
-    async def update(self, bucket: WeightBucket) -> None: ...
+    async def update(self, bucket: WeightBucket) -> None:
+        """Take in one bucket of new weights; the last one makes the version current."""
+        ...

@@ -93,13 +93,15 @@ def _prepare_generation(
     config: RunConfig, bridge: HfBridge
 ) -> Callable[[RolloutEngine], tuple[RolloutController, Sequence[Prompt]]]:
     """Load tokenizer and prompts; returns what makes the controller and the held-out prompts for an engine."""
+    data = config.data
+    assert data is not None, "RunConfig demands prompts of every mode that generates"
     tokenizer = load_tokenizer(config.model.path, bridge.vocab_size)
     scorer = build_scorer(config.reward)
-    train = load_prompts(config.data.train, config.data, tokenizer, "data.train").prompts
+    train = load_prompts(data.train, data, tokenizer, "data.train").prompts
     check_prompts(config.reward, train)
     held_out: tuple[Prompt, ...] = ()
-    if config.data.evaluation is not None:
-        held_out = load_prompts(config.data.evaluation, config.data, tokenizer, "data.evaluation").prompts
+    if data.evaluation is not None:
+        held_out = load_prompts(data.evaluation, data, tokenizer, "data.evaluation").prompts
         check_prompts(config.reward, held_out)
         _check_held_out(config, train, held_out)
     sampling = SamplingParameters(
@@ -113,7 +115,7 @@ def _prepare_generation(
         controller = RolloutController(
             engine=engine,
             prompts=train,
-            sampler=PromptSampler(len(train), derive_seed(config.seed, "prompts"), config.data.shuffle),
+            sampler=PromptSampler(len(train), derive_seed(config.seed, "prompts"), data.shuffle),
             scorer=scorer,
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
             config=config.rollout,

@@ -81,7 +81,7 @@ def _verify(run: Run, folder: Path, dtype: torch.dtype) -> None:
     verdict = broadcast_json(verdict, judge)
     if not verdict["matches"]:
         raise ExportError(
-            f"{folder}: its logits differ from the actor's ({verdict['text']}); the folder was left there for inspection"
+            f"{folder}: its logits differ from the actor's ({verdict['text']}); the folder was left for inspection"
         )
     logger.info("the export's logits match the actor's: %s", verdict["text"])
 

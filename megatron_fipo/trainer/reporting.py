@@ -111,9 +111,9 @@ def _throughput(batch: TrainBatch, times: Mapping[str, float]) -> dict[str, floa
 
 def _sample_records(step: int, groups: Sequence[RolloutGroup], count: int) -> list[dict[str, Any]]:
     """The first sample of evenly spread groups."""
-    chosen = np.linspace(0, len(groups) - 1, min(count, len(groups))).round().astype(int) if count else []
+    chosen = np.linspace(0, len(groups) - 1, min(count, len(groups))).round().astype(int)
     records = []
-    for index in dict.fromkeys(int(each) for each in chosen):
+    for index in dict.fromkeys(chosen.tolist()):
         group = groups[index]
         sample = group.samples[0]
         records.append(

@@ -1,0 +1,208 @@
+import inspect
+import pickle
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from megatron_fipo.config.reward import RewardConfig
+from megatron_fipo.rewards.answer_guard import EVALUATING_TASKS, may_be_scored
+from megatron_fipo.rewards.base import RewardError
+from megatron_fipo.rewards.registry import build_scorer
+from megatron_fipo.types import Prompt
+
+reasoning_gym = pytest.importorskip("reasoning_gym", reason="an extra of the package")
+
+PATTERN = r"(?s)<answer>(.*?)</answer>"
+
+
+def problem(task, index=0, **parameters):
+    entry = reasoning_gym.create_dataset(task, size=index + 1, seed=0, **parameters)[index]
+    return Prompt(
+        id=f"{task}-0:{index}",
+        token_ids=np.array([1], dtype=np.int32),
+        text=entry["question"],
+        answer=entry["answer"],
+        metadata={"task": task, "parameters": parameters, "entry": entry},
+    )
+
+
+@pytest.fixture(scope="module")
+def score():
+    def score_response(prompt, response, finish_reason="stop", **config):
+        scorer = build_scorer(RewardConfig(type="reasoning_gym", **config))
+        return scorer.score(prompt, response, finish_reason)
+
+    return score_response
+
+
+def test_the_tasks_own_scorer_decides(score):
+    prompt = problem("chain_sum")
+    assert score(prompt, prompt.answer) == 1.0
+    assert score(prompt, f" {prompt.answer}.00\n") == 1.0
+    assert score(prompt, str(int(prompt.answer) + 1)) == 0.0
+
+
+def test_no_credit_for_parts_unless_the_threshold_allows(score):
+    prompt = problem("chain_sum")
+    response = f"{prompt.answer} or so"
+    assert score(prompt, response) == 0.0
+    assert score(prompt, response, score_threshold=0.1) == 1.0
+
+
+def test_the_answer_is_searched_by_the_pattern(score):
+    prompt = problem("chain_sum")
+    assert score(prompt, f"<answer>0</answer> <answer>{prompt.answer}</answer>", answer_pattern=PATTERN) == 1.0
+    assert score(prompt, prompt.answer, answer_pattern=PATTERN) == 0.0
+
+
+def test_a_right_answer_may_be_empty(score):
+    prompt = next(p for p in (problem("ab", index) for index in range(200)) if p.answer == "")
+    assert score(prompt, "<answer></answer>", answer_pattern=PATTERN) == 1.0
+    assert score(prompt, "none", answer_pattern=PATTERN) == 0.0
+
+
+def test_an_unfinished_response(score):
+    prompt = problem("chain_sum")
+    assert score(prompt, prompt.answer, "length") == 0.0
+    assert score(prompt, prompt.answer, "length", require_stop=False) == 1.0
+
+
+def test_several_right_answers(score):
+    prompt = problem("graph_color", num_colors=3)
+    assert prompt.answer is None
+    colours = prompt.metadata["entry"]["metadata"]["possible_answer"]
+    renamed = {1: 2, 2: 3, 3: 1}
+    for mapping in (colours, {node: renamed[colour] for node, colour in colours.items()}):
+        text = "{" + ", ".join(f'"{node}": {colour}' for node, colour in mapping.items()) + "}"
+        assert score(prompt, text) == 1.0
+    assert score(prompt, "{}") == 0.0
+
+
+def test_the_scorer_knows_the_tasks_parameters(score):
+    answer = "6*4 + 1 - 1"
+    assert score(problem("puzzle24"), answer) == 1.0
+    assert score(problem("puzzle24", max_value=5), answer) == 0.0
+
+
+@pytest.mark.parametrize("response", ["x", "(((", "", "two times three"])
+def test_an_answer_that_the_scorer_fails_on_is_wrong(score, response):
+    prompt = problem("prime_factorization")
+    assert score(prompt, prompt.answer) == 1.0
+    assert score(prompt, response) == 0.0
+
+
+def test_a_scorer_that_fails_on_its_own_reference_is_an_error(score):
+    whole = problem("prime_factorization")
+    broken = Prompt(
+        id="broken:3",
+        token_ids=whole.token_ids,
+        text=whole.text,
+        metadata={**whole.metadata, "entry": {"answer": "two times three", "metadata": {}}},
+    )
+    with pytest.raises(RewardError, match="broken:3: ValueError"):
+        score(broken, "x")
+
+
+def test_a_very_long_answer_is_wrong(score):
+    prompt = problem("chain_sum")
+    assert score(prompt, f"{prompt.answer}.{'0' * 9_000}") == 1.0
+    assert score(prompt, f"{prompt.answer}.{'0' * 10_000}") == 0.0
+
+
+def test_a_scorer_can_be_sent_to_another_process():
+    scorer = build_scorer(RewardConfig(type="reasoning_gym", answer_pattern=PATTERN))
+    prompt = problem("graph_color")
+    copied, prompt = pickle.loads(pickle.dumps((scorer, prompt)))
+    assert copied.score(prompt, "x", "stop") == scorer.score(prompt, "x", "stop") == 0.0
+
+
+def test_every_task_that_evaluates_answers_is_known():
+    from reasoning_gym.factory import DATASETS
+
+    found = set()
+    for name, (dataset_class, _) in DATASETS.items():
+        scorer = inspect.getsource(dataset_class.score_answer)
+        own_parser = "def parse_expr" in inspect.getsource(inspect.getmodule(dataset_class))
+        if re.search(r"\b(eval|exec|sympify)\((?!entry\b)", scorer) or "parse_expr(" in scorer and not own_parser:
+            found.add(name)
+    assert found == EVALUATING_TASKS
+
+
+@pytest.mark.parametrize("task", sorted(EVALUATING_TASKS))
+def test_right_answers_pass_the_guard(task):
+    dataset = reasoning_gym.create_dataset(task, size=30, seed=1)
+    for index in range(30):
+        answer = dataset[index]["answer"]
+        assert may_be_scored(task, answer) or "Integral(" in answer
+
+
+HOSTILE = [
+    "print(1)",
+    "print (1)",
+    "print\n(1)",
+    "(print)(1)",
+    "(print) (1)",
+    "ｐｒｉｎｔ(1)",
+    "[print][0](1)",
+    "sin.__class__(1)",
+    "(1).__class__",
+    "1 .real(2)",
+    "S('print(1)')",
+    "x if print(1) else x",
+    "(lambda: print(1))()",
+    "f'{print(1)}'",
+    "log(print(1))",
+    "exec(x)",
+    "open(x)",
+]
+
+
+@pytest.fixture
+def calls_from_evaluated_text():
+    """Names of the C functions that code without a file has called."""
+    calls = []
+
+    def record(frame, event, argument):
+        if event == "c_call" and frame.f_code.co_filename == "<string>":
+            calls.append(argument.__name__)
+
+    sys.setprofile(record)
+    yield calls
+    sys.setprofile(None)
+
+
+def test_calls_from_evaluated_text_are_seen(calls_from_evaluated_text):
+    eval("abs(-1)")
+    assert calls_from_evaluated_text == ["abs"]
+
+
+@pytest.mark.parametrize("task", sorted(EVALUATING_TASKS))
+def test_no_answer_is_run(score, task, calls_from_evaluated_text):
+    prompt = problem(task)
+    assert [score(prompt, answer) for answer in HOSTILE] == [0.0] * len(HOSTILE)
+    assert not {"print", "exec", "open"} & set(calls_from_evaluated_text)
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        ("simple_integration", "(x + 1)**2/2 - sqrt(x)*log(x, 2) + exp(-x) + C"),
+        ("intermediate_integration", "asin(x) + theta_1*cosh(2.5*x) + 1e-3"),
+        ("polynomial_multiplication", "2784*z**7 + 84592*z**6 - 2*x*y"),
+        ("countdown", "69*14/3 + 18 - 76 + 3"),
+        ("string_insertion", "['A', 'B']"),
+        ("binary_matrix", "[[0, 1], [1, 0]]"),
+        ("chain_sum", "print(1)"),
+    ],
+)
+def test_ordinary_answers_pass_the_guard(task, answer):
+    assert may_be_scored(task, answer)
+
+
+def test_the_question_itself_is_no_antiderivative(score):
+    prompt = problem("simple_integration")
+    question = prompt.metadata["entry"]["metadata"]
+    assert score(prompt, f"Integral({question['integrand']}, {question['variable']})") == 0.0
+    assert score(prompt, prompt.answer) == 1.0
