@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_fipo.platform.device import uses_cuda
 
@@ -136,7 +137,10 @@ def _seed_default_generator(seed: int) -> None:
 
 
 def _patch_factories() -> None:
-    """Read `device="cuda"` as the CPU and drop pinned memory (finalize_model_grads, rotary embedding under CP)."""
+    """Read `device="cuda"` as the CPU and drop pinned memory (optimizer constructors, rotary embedding under CP)."""
+    # `with torch.device("meta")` looks factories up in this cached set: filled now, it knows the functions that the
+    # wrappers call. Filled later it would hold the wrappers, and models would silently be built on the CPU.
+    _device_constructors()
     for name in _FACTORIES + _LIKE_FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
