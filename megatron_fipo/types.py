@@ -1,16 +1,23 @@
-"""The data that moves through a step: prompts, samples, groups, batches, and mergeable metrics."""
+"""The data that moves through a step: prompts, samples, groups, batches, and mergeable metrics.
+
+The losses use the metrics and promise to need torch alone, so NumPy is imported only where an array is made.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-IntArray = npt.NDArray[np.int32]
-FloatArray = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+type IntArray = npt.NDArray[np.int32]
+type LongArray = npt.NDArray[np.int64]
+type FloatArray = npt.NDArray[np.float32]
+type BoolArray = npt.NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -69,6 +76,8 @@ class RolloutGroup:
     @property
     def rewards(self) -> FloatArray:
         """[G] float32."""
+        import numpy as np
+
         return np.array([sample.reward for sample in self.samples], dtype=np.float32)
 
     @property
@@ -101,7 +110,7 @@ class TrainBatch:
     token_ids: IntArray
     sequence_lengths: IntArray
     prompt_lengths: IntArray
-    response_mask: npt.NDArray[np.bool_]
+    response_mask: BoolArray
     rollout_log_probs: FloatArray
     rewards: FloatArray
     advantages: FloatArray
@@ -121,8 +130,10 @@ class TrainBatch:
         return int(self.mini_batch_ids.max()) + 1 if self.num_sequences else 0
 
     @property
-    def sequence_starts(self) -> npt.NDArray[np.int64]:
+    def sequence_starts(self) -> LongArray:
         """[N + 1] int64: where every sequence starts, and the end."""
+        import numpy as np
+
         return np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
 
 
@@ -168,8 +179,7 @@ class Accumulator:
     @classmethod
     def _extreme(cls, kind: Literal["max", "min"], values: Tensor, mask: Tensor, fill: float) -> "Accumulator":
         filled = torch.where(mask, values.detach().double(), fill)
-        bound = torch.tensor([fill], dtype=torch.float64, device=filled.device)
-        joined = torch.cat([filled.reshape(-1), bound])
+        joined = torch.cat([filled.reshape(-1), filled.new_full((1,), fill)])
         total = joined.max() if kind == "max" else joined.min()
         return cls(kind, total, torch.ones_like(total))
 
