@@ -1,7 +1,7 @@
 """One micro-batch as tensors on one rank.
 
-Everything is indexed by the position that predicts: entry t of a sequence belongs to the token at t + 1, because the
-model's output for that token lives at t. Shifting before the sequence is cut into chunks leaves no border to look across.
+Everything is indexed by the position that predicts: entry t of a sequence is about the token at t + 1, since the
+model's output for it lives at t. Shifting before the sequence is cut into chunks leaves no border to look across.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """One optimizer step on one mini-batch.
 
 The loss of a mini-batch is Σ numerators / D, with D summed over micro-batches, data- and context-parallel ranks.
-Every loss function returns its unnormalised sum and its local integer count; megatron-core reduces the gradient of the sum and
-divides it once by the reduced count, before clipping.
+Every loss function returns its unnormalised sum and its local integer count; megatron-core reduces the gradient of
+the sum and divides it once by the reduced count, before clipping.
 """
 
 import math

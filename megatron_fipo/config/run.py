@@ -34,7 +34,7 @@ class RunConfig:
     """"train" does everything, "train_only" trains on recorded rollouts, "rollout_only" records them."""
 
     recorded_rollouts: Path | None = None
-    """Folder of recorded rollout batches for train_only; a rollout_only run writes one, `rollouts/` in its directory."""
+    """Folder of recorded rollout batches, for train_only; rollout_only writes one, `rollouts/` in its run directory."""
 
     model: ModelConfig
     """The model."""

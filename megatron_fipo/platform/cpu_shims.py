@@ -188,7 +188,7 @@ def _patch_tensor_methods() -> None:
 
 
 def _patch_megatron() -> None:
-    """Random state and MoE split sizes, which megatron-core handles for CUDA tensors only; and its optimizer."""
+    """Random state and MoE split sizes, which megatron-core handles for CUDA tensors only; Adam; packed rotary embedding."""
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -202,6 +202,7 @@ def _patch_megatron() -> None:
     for module in (moe_utils, token_dispatcher):
         module.maybe_move_tensor_to_cpu = split_sizes_on_host
 
-    from megatron_fipo.platform import cpu_adam
+    from megatron_fipo.platform import cpu_adam, packed_rotary
 
     cpu_adam.install()
+    packed_rotary.install()

@@ -83,10 +83,11 @@ class Rollout:
     metrics: dict[str, float]
 
 
+@dataclass(slots=True, kw_only=True)
 class RolloutController:
     """Turns prompts into batches.
 
-    Args:
+    Attributes:
         engine: Generates.
         prompts: All training prompts.
         sampler: Order of the prompts.
@@ -98,22 +99,15 @@ class RolloutController:
         seed: Seed of all draws.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: RolloutEngine,
-        prompts: Sequence[Prompt],
-        sampler: PromptSampler,
-        scorer: Scorer,
-        decode: Decode,
-        config: RolloutConfig,
-        sampling: SamplingParameters,
-        drop_zero_variance: bool,
-        seed: int,
-    ) -> None:
-        self.engine, self.prompts, self.sampler, self.scorer = engine, prompts, sampler, scorer
-        self.decode, self.config, self.sampling = decode, config, sampling
-        self.drop_zero_variance, self.seed = drop_zero_variance, seed
+    engine: RolloutEngine
+    prompts: Sequence[Prompt]
+    sampler: PromptSampler
+    scorer: Scorer
+    decode: Decode
+    config: RolloutConfig
+    sampling: SamplingParameters
+    drop_zero_variance: bool
+    seed: int
 
     async def next_rollout(self, step: int, policy_version: int) -> Rollout:
         """Generate, score and filter until the batch is full.

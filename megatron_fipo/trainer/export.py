@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_fipo.actor.micro_batch import build_micro_batch
 from megatron_fipo.actor.model import unwrap
@@ -87,6 +88,7 @@ def _verify(run: Run, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _compare(folder: Path, sequences: list[Tensor], logits: list[Tensor], run: Run) -> dict[str, Any]:
+    disable_progress_bar()
     dtype = run.actor.forward.provider.params_dtype
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     model = model.to(compute_device()).eval()

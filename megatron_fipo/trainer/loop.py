@@ -114,7 +114,8 @@ def update_policy(run: Run, step: int, micro_batches: Sequence[Sequence[MicroBat
     if train_step is None:
         return results
     if not any(gather_json(_has_signal(micro_batches))):
-        logger.warning("step %d: every group has equal rewards; all its updates were skipped", step)
+        if run.is_main:
+            logger.warning("step %d: every group has equal rewards; all its updates were skipped", step)
         return results
     with run.timer.phase("update"):
         for number, mini_batch in enumerate(micro_batches):
@@ -125,7 +126,8 @@ def update_policy(run: Run, step: int, micro_batches: Sequence[Sequence[MicroBat
             where = f"step {step}, update {number + 1} of {len(micro_batches)}"
             if result.denominator and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 raise NonFiniteError(f"{where}: {result.skip_reason}; the update was not applied")
-            logger.warning("%s was skipped: %s", where, result.skip_reason)
+            if run.is_main:
+                logger.warning("%s was skipped: %s", where, result.skip_reason)
     run.policy_version += 1
     return results
 
