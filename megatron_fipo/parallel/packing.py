@@ -4,6 +4,7 @@ Packs are planned once per rollout and used by the old-log-probability pass and 
 same kernels on the same shapes: otherwise the log-ratio of the first mini-batch would not be exactly zero.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ def plan_packs(
     """Plan every mini-batch of a rollout.
 
     Sequences go, longest first, into the emptiest pack under the token budget; the packs of a mini-batch are dealt
-    to data-parallel ranks, heaviest first, each to the lightest rank. Ranks with fewer packs get null micro-batches.
+    to data-parallel ranks, heaviest first, each to the lightest rank with room. Every rank gets the same number;
+    where sequences are too few for that, null micro-batches fill up.
 
     Args:
         sequence_lengths: [N] tokens of every sequence, without padding.
@@ -103,40 +105,42 @@ def _plan_mini_batch(
     indices: Sequence[int], sequence_lengths: Sequence[int], dp_size: int, rules: PackingRules
 ) -> tuple[tuple[Pack, ...], ...]:
     by_length = sorted(indices, key=lambda index: (-sequence_lengths[index], index))
-    bins = _fill_bins(by_length, sequence_lengths, dp_size, rules)
+    bins = _fill_bins(by_length, sequence_lengths, dp_size * rules.micro_batch_multiple, rules)
+    packs = [_make_pack(sorted(members), sequence_lengths, rules) for members in bins if members]
+    count = len(bins) // dp_size
     loads = [0] * dp_size
     shares: list[list[Pack]] = [[] for _ in range(dp_size)]
-    for members in sorted(bins, key=lambda members: (-sum(sequence_lengths[i] for i in members), members)):
-        pack = _make_pack(sorted(members), sequence_lengths, rules)
-        rank = min(range(dp_size), key=lambda rank: (loads[rank], rank))
+    for pack in sorted(packs, key=lambda pack: (-sum(pack.padded_lengths), pack.sequences)):
+        open_ranks = [rank for rank in range(dp_size) if len(shares[rank]) < count]
+        rank = min(open_ranks, key=lambda rank: (loads[rank], rank))
         shares[rank].append(pack)
         loads[rank] += sum(pack.padded_lengths)
-    count = max(len(share) for share in shares)
-    count = math.ceil(count / rules.micro_batch_multiple) * rules.micro_batch_multiple
     null = Pack((), (max(rules.pack_multiple, sequence_multiple(rules.cp_size)),))
     return tuple(tuple(share + [null] * (count - len(share))) for share in shares)
 
 
 def _fill_bins(
-    by_length: Sequence[int], sequence_lengths: Sequence[int], dp_size: int, rules: PackingRules
+    by_length: Sequence[int], sequence_lengths: Sequence[int], count_multiple: int, rules: PackingRules
 ) -> list[list[int]]:
-    """Longest first, each into the emptiest bin; at least one bin for every data-parallel rank that can have one."""
-    total = sum(_padded(sequence_lengths[index], rules) for index in by_length)
+    """Longest first, each into the emptiest bin; the fewest bins that hold all, in multiples of `count_multiple`.
+
+    Without the multiple some rank would get a pack more than another, and wait for it with a null micro-batch.
+    """
+    needs = [_padded(sequence_lengths[index], rules) for index in by_length]
     budget = _budget(rules)
-    count = max(math.ceil(total / budget), min(dp_size, len(by_length)), 1)
+    count = max(math.ceil(sum(needs) / budget / count_multiple), 1) * count_multiple
     while True:
         bins: list[list[int]] = [[] for _ in range(count)]
-        room = [budget] * count
-        for index in by_length:
-            need = _padded(sequence_lengths[index], rules)
-            place = max(range(count), key=lambda place: (room[place], -place))
-            if room[place] < need:
+        emptiest = [(0, place) for place in range(count)]
+        for index, need in zip(by_length, needs, strict=True):
+            load, place = emptiest[0]
+            if load + need > budget:
                 break
             bins[place].append(index)
-            room[place] -= need
+            heapq.heapreplace(emptiest, (load + need, place))
         else:
-            return [members for members in bins if members]
-        count += 1
+            return bins
+        count += count_multiple
 
 
 def _make_pack(sequences: Sequence[int], sequence_lengths: Sequence[int], rules: PackingRules) -> Pack:
