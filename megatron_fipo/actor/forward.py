@@ -20,7 +20,7 @@ from megatron_fipo.actor.log_probs import VocabularyShard, linear_log_probs
 from megatron_fipo.actor.micro_batch import MicroBatch
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.parallel.context import ParallelContext
-from megatron_fipo.platform.device import uses_cuda
+from megatron_fipo.platform.device import uses_transformer_engine
 
 # Log-probabilities [t] float64 with gradient and entropy [t] float64; zero where no response token is predicted.
 Scores = tuple[Tensor, Tensor]
@@ -190,6 +190,6 @@ def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams:
         "max_seqlen_q": longest,
         "max_seqlen_kv": longest,
     }
-    if uses_cuda():
+    if uses_transformer_engine():
         return PackedSeqParams(**fields)
     return LocalPackedSeqParams(**fields, plan=attention_plan(layout))

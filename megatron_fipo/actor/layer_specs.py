@@ -1,4 +1,4 @@
-"""Which modules the transformer is built from: Transformer Engine's on CUDA, ours elsewhere."""
+"""Which modules the transformer is built from: Transformer Engine's where it can run, ours elsewhere."""
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
 
@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fipo.actor.local_layers import PackedDotProductAttention, SequenceParallelRMSNorm
-from megatron_fipo.platform.device import uses_cuda
+from megatron_fipo.platform.device import uses_transformer_engine
 
 
 def decoder_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -21,12 +21,12 @@ def decoder_block_spec(config: TransformerConfig, vp_stage: int | None = None) -
     Raises:
         ValueError: Local layers were asked to norm by something other than RMSNorm.
     """
-    if uses_cuda():
+    if uses_transformer_engine():
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     if config.normalization != "RMSNorm":
         raise ValueError(
             f"normalization = {config.normalization}: without Transformer Engine only RMSNorm is supported; "
-            "choose a model with RMSNorm or run on CUDA"
+            "choose a model with RMSNorm, or install Transformer Engine on CUDA"
         )
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage

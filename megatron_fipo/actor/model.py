@@ -19,7 +19,7 @@ from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.parallel.context import ParallelContext
-from megatron_fipo.platform.device import compute_device, uses_cuda
+from megatron_fipo.platform.device import compute_device, uses_cuda, uses_transformer_engine
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -67,7 +67,7 @@ def build_provider(
     provider.moe_token_dispatcher_type = "alltoall"
     provider.cross_entropy_loss_fusion = False
     provider.gradient_accumulation_fusion = False
-    if not uses_cuda():
+    if not uses_transformer_engine():
         _use_plain_kernels(provider)
     _apply_overrides(provider, model.transformer_config_overrides)
     provider._pg_collection = context.groups
@@ -97,7 +97,7 @@ def _set_parallelism(provider: Any, parallelism: ParallelismConfig) -> None:
 
 
 def _use_plain_kernels(provider: Any) -> None:
-    """Turn off what only exists as a CUDA kernel."""
+    """Turn off what needs Transformer Engine or other CUDA extensions."""
     for name in (
         "bias_activation_fusion",
         "bias_dropout_fusion",
@@ -109,7 +109,7 @@ def _use_plain_kernels(provider: Any) -> None:
         "moe_router_fusion",
     ):
         setattr(provider, name, False)
-    provider.use_cpu_initialization = True
+    provider.use_cpu_initialization = not uses_cuda()
     provider.attention_backend = AttnBackend.auto
     provider.attention_softmax_in_fp32 = True
 

@@ -1,6 +1,8 @@
 """Which device the ranks compute on: CUDA where there is one, else the CPU."""
 
+import importlib.util
 import os
+import resource
 
 import torch
 
@@ -8,6 +10,11 @@ import torch
 def uses_cuda() -> bool:
     """Whether ranks compute on CUDA devices."""
     return torch.cuda.is_available()
+
+
+def uses_transformer_engine() -> bool:
+    """Whether the transformer is built from Transformer Engine's modules: on CUDA, where it is installed."""
+    return uses_cuda() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def compute_device() -> torch.device:
@@ -26,6 +33,4 @@ def peak_memory_bytes() -> int:
     """Highest memory use so far: CUDA allocations of this rank, or its resident set on the CPU."""
     if uses_cuda():
         return torch.cuda.max_memory_allocated()
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
