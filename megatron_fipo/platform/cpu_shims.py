@@ -188,7 +188,7 @@ def _patch_tensor_methods() -> None:
 
 
 def _patch_megatron() -> None:
-    """Random state and MoE split sizes, which megatron-core handles for CUDA tensors only; Adam; packed rotary embedding."""
+    """Random state and expert split sizes, handled upstream for CUDA tensors only; Adam; packed rotary embedding."""
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
