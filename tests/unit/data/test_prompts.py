@@ -9,6 +9,7 @@ from tokenizers import processors
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.data import DataConfig, JsonlPrompts
 from megatron_fipo.data.prompts import PromptSet, count_shared, load_prompts
+from megatron_fipo.types import Prompt
 from tests.tiny_models import EOS_TOKEN_ID, byte_tokenizer
 
 TEMPLATE = (
@@ -245,3 +246,14 @@ def test_the_fingerprint_tells_other_prompts_apart(load):
         load(GOOD, b"", GOOD),
     ]
     assert len({base, *(other.fingerprint for other in others)}) == 6
+
+
+def test_the_fingerprint_knows_where_a_field_ends():
+    halves = [("ab", [], "c"), ("a", [ord("b")], "c"), ("ab\0\0\0", [], "c")]
+    sets = [
+        PromptSet(
+            prompts=(Prompt(id=name, token_ids=np.array(ids, dtype=np.int32), text="", answer=answer),), skipped={}
+        )
+        for name, ids, answer in halves
+    ]
+    assert len({each.fingerprint for each in sets}) == 3

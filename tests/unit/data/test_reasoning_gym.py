@@ -1,4 +1,4 @@
-from concurrent.futures import ThreadPoolExecutor
+import random
 
 import pytest
 
@@ -10,7 +10,9 @@ from megatron_fipo.data.prompts import load_prompts
 from megatron_fipo.data.reasoning_gym import _read_problem, make_problems
 from tests.tiny_models import byte_tokenizer
 
-# isomorphic_strings draws from a set of letters: its problems depend on the interpreter's hash seed.
+reasoning_gym = pytest.importorskip("reasoning_gym", reason="an extra of the package")
+
+# isomorphic_strings draws from a set of letters: its problems depend on the interpreter's hash seed. bf prints.
 MIXTURE = ReasoningGymPrompts(
     task="composite",
     size=12,
@@ -18,7 +20,8 @@ MIXTURE = ReasoningGymPrompts(
     parameters={
         "datasets": [
             {"name": "isomorphic_strings", "config": {"max_string_length": 6}},
-            {"name": "chain_sum", "weight": 2.0, "config": {"max_terms": 3, "size": 12}},
+            {"name": "chain_sum", "weight": 1.5, "config": {"max_terms": 3, "size": 12}},
+            {"name": "bf"},
         ]
     },
     question_template="Q: {question}\n{A}:",
@@ -32,18 +35,20 @@ def load(source):
 
 @pytest.fixture(scope="module")
 def two_loads():
-    """The mixture, loaded by two processes with other hash seeds."""
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+    """The mixture, loaded twice as by processes with other hash seeds."""
+    with pytest.MonkeyPatch.context() as patch:
+        # What a task prints then comes out at once, before the program's reply.
+        patch.setenv("PYTHONUNBUFFERED", "1")
         patch.setenv("PYTHONHASHSEED", "1")
         first = load(MIXTURE)
         patch.setenv("PYTHONHASHSEED", "2")
-        return first, pool.submit(load, MIXTURE).result()
+        return first, load(MIXTURE)
 
 
 def test_problems_are_the_same_in_every_process(two_loads):
     first, second = ([(prompt.id, prompt.text, prompt.answer) for prompt in loaded] for loaded in two_loads)
     assert first == second
-    assert {prompt.metadata["task"] for prompt in two_loads[0]} == {"isomorphic_strings", "chain_sum"}
+    assert {prompt.metadata["task"] for prompt in two_loads[0]} == {"isomorphic_strings", "chain_sum", "bf"}
 
 
 def test_prompt_answer_and_entry(two_loads):
@@ -53,8 +58,24 @@ def test_prompt_answer_and_entry(two_loads):
         assert prompt.text == f"Q: {entry['question']}\n{{A}}:"
         assert prompt.token_ids.tolist() == byte_tokenizer()(prompt.text).input_ids
         assert prompt.answer == entry["answer"]
-        expected = {"isomorphic_strings": {"max_string_length": 6}, "chain_sum": {"max_terms": 3}}
+        expected = {"isomorphic_strings": {"max_string_length": 6}, "chain_sum": {"max_terms": 3}, "bf": {}}
         assert prompt.metadata["parameters"] == expected[prompt.metadata["task"]]
+
+
+def test_the_seed_leaves_room_for_the_set_before(two_loads):
+    # A mixture numbers its parts' seeds from its own seed on.
+    dataset = reasoning_gym.create_dataset("chain_sum", size=12, seed=3 * PROBLEMS_PER_SEED + 2, max_terms=3)
+    entries = [prompt.metadata["entry"] for prompt in two_loads[0]]
+    questions = [entry["question"] if "expression" in entry["metadata"] else None for entry in entries]
+    assert sum(question is not None for question in questions) > 1
+    assert all(question in (None, dataset[index]["question"]) for index, question in enumerate(questions))
+
+
+def test_problems_do_not_depend_on_the_global_generator():
+    random.seed(1)
+    first = generate("list_functions", 60, 0, {})
+    random.seed(2)
+    assert generate("list_functions", 60, 0, {}) == first
 
 
 def test_an_unknown_task_is_an_error_with_close_names():
@@ -65,8 +86,6 @@ def test_an_unknown_task_is_an_error_with_close_names():
 
 
 def test_generated_problems_are_the_librarys_own():
-    import reasoning_gym
-
     reply = generate("chain_sum", size=5, seed=PROBLEMS_PER_SEED, parameters={"max_terms": 3})
     dataset = reasoning_gym.create_dataset("chain_sum", size=5, seed=PROBLEMS_PER_SEED, max_terms=3)
     assert [problem["entry"] for problem in reply["problems"]] == [dataset[index] for index in range(5)]
