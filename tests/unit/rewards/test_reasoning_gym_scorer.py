@@ -105,6 +105,27 @@ def test_a_scorer_that_fails_on_its_own_reference_is_an_error(score):
         score(broken, "x")
 
 
+class Incomparable(reasoning_gym.dataset.ProceduralDataset):
+    """A task whose scorer knows no score."""
+
+    def __init__(self, config):
+        super().__init__(config, seed=config.seed, size=config.size)
+
+    def __getitem__(self, idx):
+        return {"question": "?", "answer": "!", "metadata": {}}
+
+    def score_answer(self, answer, entry):
+        return float("nan")
+
+
+def test_a_score_that_is_no_number_is_an_error(score, monkeypatch):
+    config_class = reasoning_gym.arithmetic.ChainSumConfig
+    monkeypatch.setitem(reasoning_gym.factory.DATASETS, "incomparable", (Incomparable, config_class))
+    with pytest.raises(RewardError) as caught:
+        score(problem("incomparable"), "x")
+    assert str(caught.value) == ("reward of a response to incomparable-0:0: the scorer of incomparable says nan")
+
+
 def test_a_very_long_answer_is_wrong(score):
     prompt = problem("chain_sum")
     assert score(prompt, f"{prompt.answer}.{'0' * 9_000}") == 1.0
@@ -159,6 +180,17 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.parametrize("task", sorted(EVALUATING_TASKS))
+@pytest.mark.parametrize("answer", HOSTILE)
+def test_the_guard_refuses_calls(task, answer):
+    assert not may_be_scored(task, answer)
+
+
+@pytest.mark.parametrize("answer", ["x.args", "x . args", "x;y", "x[0]", "x:=1", "'x'", "х", "x # y", "x\\"])
+def test_the_guard_refuses_what_no_expression_has(answer):
+    assert not may_be_scored("simple_integration", answer)
+
+
 @pytest.fixture
 def calls_from_evaluated_text():
     """Names of the C functions that code without a file has called."""
@@ -175,7 +207,7 @@ def calls_from_evaluated_text():
 
 def test_calls_from_evaluated_text_are_seen(calls_from_evaluated_text):
     eval("abs(-1)")
-    assert calls_from_evaluated_text == ["abs"]
+    assert "abs" in calls_from_evaluated_text
 
 
 @pytest.mark.parametrize("task", sorted(EVALUATING_TASKS))
