@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.types import FinishReason, Prompt
 
 
@@ -32,7 +33,7 @@ class Scorer(Protocol):
         ...
 
 
-class RewardError(RuntimeError):
+class RewardError(RunError):
     """A response that a scorer failed on.
 
     Attributes:

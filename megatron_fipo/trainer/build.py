@@ -16,7 +16,7 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
-from megatron_fipo.data.prompts import load_prompts
+from megatron_fipo.data.prompts import count_shared, load_prompts
 from megatron_fipo.data.sampler import PromptSampler
 from megatron_fipo.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_fipo.parallel.collectives import broadcast_json
@@ -137,9 +137,7 @@ def _check_held_out(config: RunConfig, train: Sequence[Prompt], held_out: Sequen
             rule=f"must not exceed the {len(held_out)} usable prompts of data.evaluation",
             way_out="lower it or give more prompts",
         )
-    seen = {prompt.token_ids.tobytes() for prompt in train}
-    shared = sum(prompt.token_ids.tobytes() in seen for prompt in held_out[:wanted])
-    if shared:
+    if shared := count_shared(train, held_out[:wanted]):
         logger.warning("%d of %d evaluation prompts also occur among the training prompts", shared, wanted)
 
 

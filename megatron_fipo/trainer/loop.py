@@ -11,7 +11,7 @@ from megatron_fipo.actor.train_step import UpdateResult
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.platform.device import compute_device
 from megatron_fipo.rollout.batch import assign_updates, batch_path, build_train_batch, load_batch, save_batch
-from megatron_fipo.rollout.controller import NoSignalError, Rollout
+from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.trainer.evaluation import evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done
@@ -30,7 +30,7 @@ def train(run: Run) -> None:
     """Run all steps; collective over all ranks.
 
     Raises:
-        NoSignalError: Dynamic sampling found nothing to learn from.
+        RunError: There is nothing to learn from, or a response could not be scored.
         NonFiniteError: A loss or gradient was not finite.
     """
     sync_weights(run)
@@ -55,21 +55,20 @@ def collect_rollout(run: Run, step: int) -> Rollout | None:
     if run.rollout is None:
         return None
     with run.timer.phase("rollout"):
+        rollout, problem = None, None
         if run.rollout.controller is None:
             run.rollout.engine.follow()
-            rollout, problem = None, None
         else:
-            rollout, problem = None, None
             try:
                 rollout = asyncio.run(run.rollout.controller.next_rollout(step, run.policy_version))
-            except NoSignalError as error:
+            except RunError as error:
                 problem = str(error)
             finally:
                 run.rollout.engine.release()
         # The others must hear of it too, or they would wait in the next collective.
         problem = broadcast_json(problem, 0)
     if problem is not None:
-        raise NoSignalError(problem)
+        raise RunError(f"step {step}: {problem}")
     return rollout
 
 
