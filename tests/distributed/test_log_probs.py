@@ -1,0 +1,292 @@
+"""Log-probabilities from hidden states under every vocabulary split, against torch in float64."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_fipo.actor.log_probs import VocabularyShard, linear_log_probs
+from tests.distributed_helpers import run_distributed
+
+pytestmark = pytest.mark.distributed
+
+HIDDEN = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    num_tokens: int = 37
+    vocab_size: int = 301
+    dtype: torch.dtype = torch.float32
+    temperature: float = 1.0
+    chunk_tokens: int = 1024
+    recompute_logits: bool = False
+
+
+CASES = {
+    "all at once": Case(),
+    "one token at a time": Case(chunk_tokens=1),
+    "three tokens at a time": Case(chunk_tokens=3),
+    "logits computed again": Case(recompute_logits=True),
+    "logits computed again, three at a time": Case(recompute_logits=True, chunk_tokens=3),
+    "warm": Case(temperature=1.7),
+    "cold, in chunks": Case(temperature=0.3, chunk_tokens=3),
+    "vocabulary of five": Case(vocab_size=5),
+    "vocabulary that divides evenly": Case(vocab_size=256),
+    "no tokens": Case(num_tokens=0),
+    "no tokens, logits computed again": Case(num_tokens=0, recompute_logits=True),
+    "float64": Case(dtype=torch.float64, temperature=0.7, chunk_tokens=10),
+    "bfloat16": Case(dtype=torch.bfloat16),
+    "bfloat16, logits computed again": Case(dtype=torch.bfloat16, recompute_logits=True),
+    "bfloat16, logits computed again in chunks": Case(dtype=torch.bfloat16, recompute_logits=True, chunk_tokens=10),
+}
+
+# Largest error of a log-probability or entropy at temperature 1, and ‖a − b‖ / ‖b‖ of a gradient. In bfloat16 the
+# logits themselves are rounded, by up to 2⁻⁹ of their size, which goes to 20.
+TOLERANCES = {torch.float64: (1e-12, 1e-12), torch.float32: (4e-6, 1e-6), torch.bfloat16: (8e-2, 1e-2)}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    upstream: Tensor
+
+
+def make_inputs(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return Inputs(
+        hidden=draw(case.num_tokens, HIDDEN).to(case.dtype),
+        weight=draw(case.vocab_size, HIDDEN).to(case.dtype),
+        targets=torch.randint(case.vocab_size, (case.num_tokens,), generator=generator),
+        upstream=draw(case.num_tokens),
+    )
+
+
+def shard_of(weight: Tensor) -> tuple[Tensor, VocabularyShard]:
+    """This rank's rows of the output matrix; padding rows hold large numbers, which must not matter."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    rows = math.ceil(len(weight) / size)
+    padded = torch.full((rows * size, weight.shape[1]), 100.0, dtype=weight.dtype)
+    padded[: len(weight)] = weight
+    shard = VocabularyShard(start=rank * rows, vocab_size=len(weight), group=dist.group.WORLD)
+    return padded[rank * rows : (rank + 1) * rows].clone(), shard
+
+
+def run_case(case: Case) -> dict[str, Tensor]:
+    inputs = make_inputs(case)
+    weight, shard = shard_of(inputs.weight)
+    hidden, weight = inputs.hidden.clone().requires_grad_(), weight.requires_grad_()
+    options = {
+        "temperature": case.temperature,
+        "chunk_tokens": case.chunk_tokens,
+        "recompute_logits": case.recompute_logits,
+    }
+    log_probs, entropy = linear_log_probs(hidden, weight, inputs.targets, shard, **options)
+    first = torch.autograd.grad(log_probs, (hidden, weight), inputs.upstream, retain_graph=True)
+    second = torch.autograd.grad(log_probs, (hidden, weight), inputs.upstream)
+    with torch.no_grad():
+        without_gradient, _ = linear_log_probs(hidden, weight, inputs.targets, shard, **options)
+    assert not entropy.requires_grad
+    return {
+        "log_probs": log_probs.detach(),
+        "entropy": entropy,
+        "without_gradient": without_gradient,
+        "grad_hidden": first[0],
+        "grad_weight": first[1],
+        "second_grad_hidden": second[0],
+        "second_grad_weight": second[1],
+    }
+
+
+def slopes_by_finite_differences() -> list[tuple[float, float]]:
+    """(analytic, measured) slope of Σ upstream · log-probability for entries of every shard and of the hidden states.
+
+    Of every shard: its first row, a row that is a target, and padding on the last one.
+    """
+    case = Case(num_tokens=9, vocab_size=11, dtype=torch.float64, temperature=0.7, chunk_tokens=4)
+    inputs = make_inputs(case)
+    weight, shard = shard_of(inputs.weight)
+
+    def value(hidden: Tensor, rows: Tensor) -> Tensor:
+        log_probs, _ = linear_log_probs(
+            hidden, rows, inputs.targets, shard, temperature=case.temperature, chunk_tokens=case.chunk_tokens
+        )
+        return (log_probs * inputs.upstream).sum()
+
+    leaves = inputs.hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    grad_hidden, grad_weight = torch.autograd.grad(value(*leaves), leaves)
+    dist.all_reduce(grad_hidden)
+    step, slopes = 1e-6, []
+    for holder in range(dist.get_world_size()):
+        for row in range(len(weight)):
+            nudge = torch.zeros_like(weight)
+            nudge[row, 3] = step if dist.get_rank() == holder else 0.0
+            measured = (value(inputs.hidden, weight + nudge) - value(inputs.hidden, weight - nudge)) / (2 * step)
+            if dist.get_rank() == holder:
+                slopes.append((float(grad_weight[row, 3]), float(measured)))
+    for token in range(case.num_tokens):
+        nudge = torch.zeros_like(inputs.hidden)
+        nudge[token, 5] = step
+        measured = (value(inputs.hidden + nudge, weight) - value(inputs.hidden - nudge, weight)) / (2 * step)
+        slopes.append((float(grad_hidden[token, 5]), float(measured)))
+    return slopes
+
+
+def run_all() -> tuple[dict[str, dict[str, Tensor]], list[tuple[float, float]]]:
+    # Memory that was never written reads as NaN.
+    torch.use_deterministic_algorithms(True)
+    return {name: run_case(case) for name, case in CASES.items()}, slopes_by_finite_differences()
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4], ids="TP {}".format)
+def ranks(request: pytest.FixtureRequest) -> list[Any]:
+    return run_distributed(run_all, request.param)
+
+
+def expected(case: Case) -> dict[str, Tensor]:
+    inputs = make_inputs(case)
+    hidden, weight = inputs.hidden.double().requires_grad_(), inputs.weight.double().requires_grad_()
+    log_softmax = (hidden @ weight.t() / case.temperature).log_softmax(dim=-1)
+    log_probs = log_softmax.gather(1, inputs.targets[:, None]).squeeze(1)
+    grad_hidden, grad_weight = torch.autograd.grad(log_probs, (hidden, weight), inputs.upstream)
+    return {
+        "log_probs": log_probs.detach(),
+        "entropy": -(log_softmax.exp() * log_softmax).sum(dim=-1).detach(),
+        "grad_hidden": grad_hidden,
+        "grad_weight": grad_weight,
+    }
+
+
+def all_expected() -> dict[str, dict[str, Tensor]]:
+    return {name: expected(case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, dict[str, Tensor]]:
+    return run_distributed(all_expected, 1)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_and_gradients_equal_log_softmax(ranks, references, name):
+    case, parts, reference = CASES[name], [rank[0][name] for rank in ranks], references[name]
+    value_tolerance, gradient_tolerance = TOLERANCES[case.dtype]
+    value_tolerance /= min(case.temperature, 1.0)
+    for part in parts:
+        for key in ("log_probs", "entropy"):
+            assert part[key].dtype == torch.float64
+            assert torch.equal(part[key], parts[0][key]), "ranks disagree"
+            assert part[key].shape == reference[key].shape
+            error = (part[key] - reference[key]).abs().max().item() if case.num_tokens else 0.0
+            assert error <= value_tolerance, (key, error)
+        assert torch.equal(part["log_probs"], part["without_gradient"])
+    for which in ("", "second_"):
+        grad_hidden = torch.stack([part[f"{which}grad_hidden"].double() for part in parts]).sum(0)
+        grad_weight = torch.cat([part[f"{which}grad_weight"].double() for part in parts])
+        assert not grad_weight[case.vocab_size :].any(), "padding rows have a gradient"
+        gradients = {"grad_hidden": grad_hidden, "grad_weight": grad_weight[: case.vocab_size]}
+        for key, gradient in gradients.items():
+            assert parts[0][key].dtype == case.dtype
+            difference = (gradient - reference[key]).norm()
+            assert difference <= gradient_tolerance * reference[key].norm(), (which + key, float(difference))
+
+
+@pytest.mark.parametrize(
+    ("kept", "again"),
+    [("all at once", "logits computed again"), ("bfloat16", "bfloat16, logits computed again")],
+)
+def test_computing_logits_again_changes_nothing(ranks, kept, again):
+    for rank in ranks:
+        for key, value in rank[0][kept].items():
+            assert torch.equal(rank[0][again][key], value), key
+
+
+def test_slopes_equal_finite_differences(ranks):
+    for _, slopes in ranks:
+        assert any(analytic == 0.0 for analytic, _ in slopes) == (len(ranks) > 1 and slopes is ranks[-1][1])
+        for analytic, measured in slopes:
+            assert analytic == pytest.approx(measured, rel=1e-6, abs=1e-8)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a call had allocated at its highest, its results included."""
+
+    forward_peak: int
+    backward_peak: int
+    without_gradient_peak: int
+
+
+def peak_bytes(folder: Path, action: Any) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    memory = [event for event in events if event["name"] == "[memory]"]
+    memory.sort(key=lambda event: event["ts"])
+    first = memory[0]["args"]
+    before = first["Total Allocated"] - first["Bytes"]
+    return max(event["args"]["Total Allocated"] for event in memory) - before
+
+
+def measure_memory(folder: Path, cases: list[Case]) -> list[Memory]:
+    measured = []
+    for case in cases:
+        inputs = make_inputs(case)
+        weight, shard = shard_of(inputs.weight)
+        hidden, weight = inputs.hidden.requires_grad_(), weight.requires_grad_()
+        outputs: list[Tensor] = []
+
+        def forward(case=case, hidden=hidden, weight=weight, inputs=inputs, shard=shard, outputs=outputs):
+            outputs[:] = linear_log_probs(
+                hidden,
+                weight,
+                inputs.targets,
+                shard,
+                chunk_tokens=case.chunk_tokens,
+                recompute_logits=case.recompute_logits,
+            )
+
+        def backward(inputs=inputs, outputs=outputs):
+            outputs[0].backward(inputs.upstream)
+
+        forward_peak, backward_peak = peak_bytes(folder, forward), peak_bytes(folder, backward)
+        with torch.no_grad():
+            measured.append(Memory(forward_peak, backward_peak, peak_bytes(folder, forward)))
+    return measured
+
+
+def test_memory_beyond_one_copy_of_the_logits(tmp_path):
+    kept = [
+        Case(num_tokens=1024, vocab_size=20_000, dtype=dtype, chunk_tokens=chunk)
+        for dtype in (torch.float32, torch.bfloat16)
+        for chunk in (256, 1024)
+    ]
+    again = [replace(case, recompute_logits=True) for case in kept]
+    measured = run_distributed(measure_memory, 1, tmp_path, kept + again)[0]
+    for case, memory in zip(kept + again, measured, strict=True):
+        one_copy = case.num_tokens * case.vocab_size * case.dtype.itemsize
+        gradients = (case.num_tokens + case.vocab_size) * HIDDEN * case.dtype.itemsize
+        forward, backward = memory.forward_peak / one_copy, (memory.backward_peak - gradients) / one_copy
+        without_gradient = memory.without_gradient_peak / one_copy
+        print(f"{case}: forward {forward:.3f}, backward {backward:.3f}, without gradient {without_gradient:.3f} copies")
+        part = case.chunk_tokens / case.num_tokens
+        assert without_gradient <= part + 0.1
+        if case.recompute_logits:
+            assert forward <= part + 0.1
+            assert backward <= part + 0.1
+        else:
+            assert forward <= 1.1
+            assert backward <= 0.1, "the backward pass works in the copy that the forward pass kept"
