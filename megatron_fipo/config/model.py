@@ -1,5 +1,6 @@
 """Which model is trained, and in which precision."""
 
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,10 +38,10 @@ class ModelConfig:
         for name in ("context_length", "rope_base"):
             value = getattr(self, name)
             require(
-                value is None or value > 0,
+                value is None or 0 < value < math.inf,
                 field=name,
                 value=value,
-                rule="must be positive, or null to keep the model's own",
+                rule="must be positive and finite, or null to keep the model's own",
                 way_out="set it to null",
             )
         require(

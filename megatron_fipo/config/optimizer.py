@@ -1,5 +1,6 @@
 """Adam, its learning rate over time, and gradient clipping."""
 
+import math
 from typing import Literal
 
 from megatron_fipo.config.base import config_class, require
@@ -38,21 +39,35 @@ class OptimizerConfig:
     """Added to the root of Adam's second moment."""
 
     max_grad_norm: float = 1.0
-    """Global norm that the gradient is clipped to."""
+    """Global norm that the gradient is clipped to; infinity for no clipping."""
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
-        positive = ("learning_rate", "adam_eps", "max_grad_norm")
-        for field in (*positive, "min_learning_rate", "weight_decay", "warmup_steps"):
+        for field in ("learning_rate", "adam_eps"):
             value = getattr(self, field)
-            strict = field in positive
             require(
-                value > 0 if strict else value >= 0,
+                0 < value < math.inf,
                 field=field,
                 value=value,
-                rule="must be greater than 0" if strict else "must not be negative",
-                way_out="choose a positive number",
+                rule="must be positive and finite",
+                way_out="choose a small positive number, such as 1e-6",
             )
+        for field in ("min_learning_rate", "weight_decay", "warmup_steps"):
+            value = getattr(self, field)
+            require(
+                0 <= value < math.inf,
+                field=field,
+                value=value,
+                rule="must be finite and not negative",
+                way_out="choose 0 or more",
+            )
+        require(
+            self.max_grad_norm > 0,
+            field="max_grad_norm",
+            value=self.max_grad_norm,
+            rule="must be greater than 0",
+            way_out="1.0 is a good value, .inf leaves clipping out",
+        )
         for field in ("adam_beta1", "adam_beta2"):
             value = getattr(self, field)
             require(

@@ -1,5 +1,6 @@
 """How responses are generated."""
 
+import math
 from typing import Literal
 
 from megatron_fipo.config.base import config_class, require
@@ -49,12 +50,12 @@ class RolloutConfig:
             "max_batch_sequences",
         ):
             value = getattr(self, field)
-            require(value >= 1, field=field, value=value, rule="must be at least 1", way_out="raise it")
+            require(value >= 1, field=field, value=value, rule="must be at least 1", way_out="set it to 1 or more")
         require(
-            self.temperature > 0,
+            0 < self.temperature < math.inf,
             field="temperature",
             value=self.temperature,
-            rule="must be greater than 0 (log-probabilities of a greedy policy do not exist)",
+            rule="must be finite and greater than 0 (log-probabilities of a greedy policy do not exist)",
             way_out="1.0 is the usual value",
         )
         require(
@@ -65,16 +66,16 @@ class RolloutConfig:
             way_out="1.0 is the usual value",
         )
         require(
-            self.policy_lag == 0 or self.engine != "embedded",
-            field="policy_lag",
-            value=self.policy_lag,
-            rule="must be 0 with the embedded engine, which shares the trainer's processes",
-            way_out="set it to 0",
-        )
-        require(
             self.policy_lag >= 0,
             field="policy_lag",
             value=self.policy_lag,
             rule="must not be negative",
             way_out="0 is synchronous",
+        )
+        require(
+            self.policy_lag == 0 or self.engine != "embedded",
+            field="policy_lag",
+            value=self.policy_lag,
+            rule="must be 0 with the embedded engine, which shares the trainer's processes",
+            way_out="set it to 0",
         )

@@ -85,15 +85,17 @@ class RunConfig:
             rule=f'must be given with mode = "train_only" and only then (mode is "{self.mode}")',
             way_out="name the folder that a rollout_only run wrote, or set mode",
         )
+        # A recording has its own groups, which are checked when it is read.
+        recorded = self.mode == "train_only"
         require(
-            self.rollout.num_prompts_per_step % self.algorithm.updates_per_rollout == 0,
+            recorded or self.rollout.num_prompts_per_step % self.algorithm.updates_per_rollout == 0,
             field="rollout.num_prompts_per_step",
             value=self.rollout.num_prompts_per_step,
             rule=f"must be a multiple of algorithm.updates_per_rollout = {self.algorithm.updates_per_rollout}",
             way_out="change either, so that every mini-batch has the same number of groups",
         )
         require(
-            self.rollout.group_size >= 2,
+            recorded or self.rollout.group_size >= 2,
             field="rollout.group_size",
             value=self.rollout.group_size,
             rule="must be at least 2: advantages are relative to the group",
@@ -101,7 +103,7 @@ class RunConfig:
         )
         if self.data is None:
             require(
-                self.mode == "train_only",
+                recorded,
                 field="data",
                 value=None,
                 rule=f'must be given with mode = "{self.mode}"',
