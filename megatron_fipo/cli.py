@@ -83,7 +83,9 @@ def _process_group() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
+    from megatron_fipo.config.base import ConfigError
     from megatron_fipo.platform.device import collective_backend, compute_device, uses_cuda
+    from megatron_fipo.runtime.errors import RunError
 
     if uses_cuda():
         torch.cuda.set_device(compute_device())
@@ -95,8 +97,11 @@ def _process_group() -> Iterator[None]:
             dist.init_process_group(collective_backend(), init_method=method, rank=0, world_size=1)
         try:
             yield
-        finally:
+        except (ConfigError, RunError):
+            # Raised on every rank. After any other error a rank stands alone, and leaving could wait for ever.
             dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

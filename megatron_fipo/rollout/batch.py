@@ -1,6 +1,8 @@
 """Scored groups to one packed training batch, and batches to files and back."""
 
 import dataclasses
+import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,24 +11,27 @@ import torch
 
 from megatron_fipo.algorithms.advantages import group_relative_advantages
 from megatron_fipo.config.algorithm import AlgorithmConfig
-from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.base import ConfigError, require
+from megatron_fipo.config.run import RunConfig
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.types import RolloutGroup, TrainBatch
 
 FORMAT_VERSION = 1
 
-_ARRAYS = (
-    "token_ids",
-    "sequence_lengths",
-    "prompt_lengths",
-    "response_mask",
-    "rollout_log_probs",
-    "rewards",
-    "advantages",
-    "group_ids",
-    "mini_batch_ids",
-    "policy_versions",
-)
+# Types of a batch's arrays; the first three have one entry per token, the others one per sequence.
+_TYPES = {
+    "token_ids": np.int32,
+    "response_mask": np.bool_,
+    "rollout_log_probs": np.float32,
+    "sequence_lengths": np.int32,
+    "prompt_lengths": np.int32,
+    "rewards": np.float32,
+    "advantages": np.float32,
+    "group_ids": np.int32,
+    "mini_batch_ids": np.int32,
+    "policy_versions": np.int32,
+}
+_PER_TOKEN = ("token_ids", "response_mask", "rollout_log_probs")
 
 
 class RecordedBatchError(RunError):
@@ -111,8 +116,10 @@ def save_batch(batch: TrainBatch, path: Path) -> None:
             file,
             format_version=np.int64(FORMAT_VERSION),
             temperature=np.float64(batch.temperature),
-            **{name: getattr(batch, name) for name in _ARRAYS},
+            **{name: getattr(batch, name) for name in _TYPES},
         )
+        file.flush()
+        os.fsync(file.fileno())
     partial.rename(path)
 
 
@@ -122,25 +129,88 @@ def load_batch(path: Path) -> TrainBatch:
     Raises:
         RecordedBatchError: The file is missing, unreadable, of another format version, or its arrays disagree.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise RecordedBatchError(f"{path}: cannot be read as a recorded rollout batch ({error})") from error
-    version = int(arrays.pop("format_version", -1))
+    arrays = _read_arrays(path)
+    version = _scalar(arrays, "format_version")
     if version != FORMAT_VERSION:
         raise RecordedBatchError(f"{path}: format version {version}; this release reads {FORMAT_VERSION}")
-    missing = [name for name in (*_ARRAYS, "temperature") if name not in arrays]
+    missing = [name for name in _TYPES if name not in arrays]
     if missing:
         raise RecordedBatchError(f"{path}: lacks {', '.join(missing)}")
-    batch = TrainBatch(**{name: arrays[name] for name in _ARRAYS}, temperature=float(arrays["temperature"]))
-    total = int(batch.sequence_lengths.sum())
-    per_token = ("token_ids", "response_mask", "rollout_log_probs")
-    wrong = [name for name in per_token if len(getattr(batch, name)) != total]
-    per_sequence = set(_ARRAYS) - set(per_token)
-    wrong += [name for name in sorted(per_sequence) if len(getattr(batch, name)) != batch.num_sequences]
+    wrong = [name for name, dtype in _TYPES.items() if arrays[name].dtype != dtype or arrays[name].ndim != 1]
     if wrong:
-        raise RecordedBatchError(
-            f"{path}: {', '.join(wrong)} do not fit {batch.num_sequences} sequences of {total} tokens"
-        )
+        raise RecordedBatchError(f"{path}: {', '.join(wrong)} are not one-dimensional arrays of the right type")
+    batch = TrainBatch(**{name: arrays[name] for name in _TYPES}, temperature=_scalar(arrays, "temperature"))
+    problem = _find_disagreement(batch)
+    if problem is not None:
+        raise RecordedBatchError(f"{path}: {problem}")
     return batch
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    # A lone .npy file is an array, which is no context manager: a TypeError.
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise RecordedBatchError(f"{path}: cannot be read as a recorded rollout batch ({error})") from error
+
+
+def _scalar(arrays: dict[str, np.ndarray], name: str) -> float:
+    value = arrays.get(name)
+    return float(value) if value is not None and value.shape == () and value.dtype.kind in "if" else float("nan")
+
+
+def _find_disagreement(batch: TrainBatch) -> str | None:
+    """What makes the arrays no batch, or None."""
+    count, total = batch.num_sequences, int(batch.sequence_lengths.sum(dtype=np.int64))
+    wrong = [name for name in _TYPES if len(getattr(batch, name)) != (total if name in _PER_TOKEN else count)]
+    if wrong:
+        return f"{', '.join(wrong)} do not fit {count} sequences of {total} tokens"
+    if not count:
+        return "holds no sequence"
+    position = np.arange(total) - np.repeat(batch.sequence_starts[:-1], batch.sequence_lengths)
+    checks = {
+        "prompts are not shorter than their sequences, or empty": np.all(batch.prompt_lengths >= 1)
+        and np.all(batch.prompt_lengths <= batch.sequence_lengths),
+        "a prompt's token counts as response": not np.any(
+            batch.response_mask & (position < np.repeat(batch.prompt_lengths, batch.sequence_lengths))
+        ),
+        "token_ids are negative": np.all(batch.token_ids >= 0),
+        "rewards or rollout_log_probs are not finite": np.isfinite(batch.rewards).all()
+        and np.isfinite(batch.rollout_log_probs).all(),
+        "group_ids do not count up from 0": batch.group_ids[0] == 0 and set(np.diff(batch.group_ids)) <= {0, 1},
+        "temperature is not a positive number": 0 < batch.temperature < float("inf"),
+    }
+    return next((problem for problem, holds in checks.items() if not holds), None)
+
+
+def load_recorded(path: Path, config: RunConfig, vocab_size: int) -> TrainBatch:
+    """Read a recorded batch for a run, with the run's advantages and updates.
+
+    Args:
+        path: The recording.
+        config: The run.
+        vocab_size: Tokens of the run's model.
+
+    Raises:
+        RecordedBatchError: See `load_batch`.
+        ConfigError: The batch was sampled at another temperature or from another vocabulary, or its groups cannot be
+            shared evenly among the updates.
+    """
+    batch = load_batch(path)
+    require(
+        batch.temperature == config.rollout.temperature,
+        field="rollout.temperature",
+        value=config.rollout.temperature,
+        rule=f"must be the {batch.temperature} that {path} was sampled at",
+        way_out=f"set it to {batch.temperature}",
+    )
+    largest = int(batch.token_ids.max())
+    require(
+        largest < vocab_size,
+        field="recorded_rollouts",
+        value=config.recorded_rollouts,
+        rule=f"must suit the model: token ids in {path} reach {largest}, its vocabulary has {vocab_size} tokens",
+        way_out="train the model that the rollouts were recorded with",
+    )
+    return assign_updates(batch, config.algorithm)

@@ -118,6 +118,7 @@ class RolloutController:
 
         Raises:
             NoSignalError: Dynamic sampling found no group with differing rewards in all its rounds.
+            RunError: Too many groups were older than the staleness bound allows, or a response has no score.
         """
         admission = Admission(self.config.num_prompts_per_step, self.drop_zero_variance, self.config.policy_lag)
         num_generated, rounds = 0, 0
@@ -130,14 +131,20 @@ class RolloutController:
                 admission.offer(group, policy_version)
             num_generated += len(groups)
             rounds += 1
-        if not admission.accepted:
+        if admission.without_signal and not admission.accepted:
             raise NoSignalError(
-                f"rollout.max_generation_rounds = {self.config.max_generation_rounds}: none of {num_generated} groups "
-                f"had differing rewards (mean reward {sum(rewards) / len(rewards):.3f}); the task is too easy or too "
-                "hard for this model, or the reward is broken: read samples.jsonl, or set "
+                f"step {step}: rollout.max_generation_rounds = {self.config.max_generation_rounds}: none of "
+                f"{num_generated} groups had differing rewards (mean reward {sum(rewards) / len(rewards):.3f}); the "
+                "task is too easy or too hard for this model, or the reward is broken: read samples.jsonl, or set "
                 "algorithm.drop_zero_variance_groups to false"
             )
         num_filled = admission.fill_up()
+        if admission.missing:
+            raise RunError(
+                f"step {step}: rollout.policy_lag = {self.config.policy_lag}: {admission.num_stale} of {num_generated} "
+                f"groups were older than that, and {admission.missing} of {admission.wanted} are missing after "
+                f"{rounds} rounds; allow a greater lag or more rounds"
+            )
         return Rollout(
             groups=admission.accepted,
             metrics={
@@ -177,6 +184,8 @@ class RolloutController:
         await self.engine.submit([request for _, request in requests.values()])
         groups = [RolloutGroup(prompt=prompt, samples=[]) for prompt in prompts]
         async for result in self.engine.stream():
+            if result.request_id not in requests:
+                raise RuntimeError(f"the engine gave a result for {result.request_id}, which was not asked for")
             place, request = requests.pop(result.request_id)
             groups[place].samples.append(self._score(prompts[place], request, result))
         if requests:

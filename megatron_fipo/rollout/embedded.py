@@ -106,10 +106,15 @@ class EmbeddedEngine:
 
         Raises:
             KeyError: The model has no parameter of that name.
-            RuntimeError: The last bucket came and a parameter was never sent.
+            RuntimeError: A tensor has another shape than the parameter, or the last bucket came and a parameter was
+                never sent.
         """
         for name, tensor in bucket.tensors.items():
-            self._weights[name].copy_(tensor)
+            live = self._weights[name]
+            # Without this, copy_ would repeat a smaller tensor.
+            if live.shape != tensor.shape:
+                raise RuntimeError(f"the weight stream has {name} as {list(tensor.shape)}, not {list(live.shape)}")
+            live.copy_(tensor)
             self._missing.discard(name)
         if bucket.is_last:
             if self._missing:

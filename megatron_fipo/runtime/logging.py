@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _UPSTREAM = ("megatron", "transformers", "torch", "filelock", "asyncio", "nv_one_logger", "root")
 
@@ -22,6 +24,19 @@ def setup_logging(rank: int, level: int = logging.INFO) -> None:
     own.setLevel(level if rank == 0 else logging.WARNING)
     own.propagate = False
     quiet_upstream()
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Keep what libraries say while they are imported (about optional packages that are missing) off the screen."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def quiet_upstream() -> None:

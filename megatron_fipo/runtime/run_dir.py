@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.base import ConfigError, require
 
 
 class RunDirectory:
@@ -20,22 +20,40 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @staticmethod
+    def check(path: Path) -> None:
+        """Refuse a path that cannot become a run directory, without touching it.
+
+        Raises:
+            ConfigError: It is a file, or a directory that holds something.
+        """
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        require(
+            not taken,
+            field="output_dir",
+            value=path,
+            rule="must be a new or empty directory, and it is not",
+            way_out="choose another directory or remove this one",
+        )
+
     @classmethod
     def create(cls, path: Path, config_yaml: str) -> "RunDirectory":
         """Make the directory and write config.yaml.
 
         Raises:
-            ConfigError: The directory already holds a run.
+            ConfigError: See `check`; or the directory cannot be made.
         """
-        if path.exists() and any(path.iterdir()):
+        cls.check(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
             raise ConfigError(
                 field="output_dir",
-                value=str(path),
-                rule="must be new or empty, and it is not",
-                way_out="choose another directory or remove this one",
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(config_yaml)
+                value=path,
+                rule=f"must be a directory that can be made ({error.strerror})",
+                way_out="choose a directory that this user may write to",
+            ) from error
+        (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         return cls(path)
 
     @property
@@ -49,7 +67,7 @@ class RunDirectory:
         return self.path / "export"
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; numbers that are not finite become null."""
+        """Add one line to metrics.jsonl; numbers that are not finite become null, at any depth."""
         self._append("metrics.jsonl", [metrics])
 
     def append_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
@@ -57,14 +75,17 @@ class RunDirectory:
         self._append("samples.jsonl", samples)
 
     def _append(self, name: str, objects: Iterable[Mapping[str, Any]]) -> None:
-        lines = [json.dumps(_finite(each), ensure_ascii=False) + "\n" for each in objects]
-        with (self.path / name).open("a") as file:
+        lines = [json.dumps(_finite(each), ensure_ascii=False, allow_nan=False) + "\n" for each in objects]
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write("".join(lines))
             file.flush()
             os.fsync(file.fileno())
 
 
-def _finite(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metrics.items()
-    }
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that are not finite, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,22 +12,22 @@ from megatron_fipo.actor.model import build_model, build_provider, unwrap
 from megatron_fipo.actor.optimizer import ActorOptimizer
 from megatron_fipo.actor.train_step import TrainStep
 from megatron_fipo.config.algorithm import effective_algorithm
-from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.data.prompts import count_shared, load_prompts
 from megatron_fipo.data.sampler import PromptSampler
 from megatron_fipo.data.tokenizer import load_tokenizer, stop_token_ids
-from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.parallel.context import ParallelContext, build_parallel_context
 from megatron_fipo.rewards.registry import build_scorer, check_prompts
-from megatron_fipo.rollout.batch import batch_path
+from megatron_fipo.rollout.batch import batch_path, load_recorded
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.seeding import derive_seed
+from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.state import Actor, RolloutSide, Run
 from megatron_fipo.types import Prompt
 from megatron_fipo.weight_sync.in_process import InProcessSync
@@ -44,12 +44,14 @@ def build_run(config: RunConfig) -> Run:
         ConfigError: An input cannot be used; raised on every rank, before the model is built.
     """
     context = build_parallel_context(config.parallelism, derive_seed(config.seed, "model"))
-    bridge = HfBridge(config.model.path, config.model.context_length, config.model.rope_base)
+    on_main_rank(lambda: RunDirectory.check(config.output_dir))
+    # Every node has its own view of the model folder.
+    bridge = on_every_rank(lambda: HfBridge(config.model.path, config.model.context_length, config.model.rope_base))
     generates = config.mode != "train_only"
-    make_controller = _on_main(context, lambda: _prepare_generation(config, bridge)) if generates else None
-    recorded = _on_main(context, lambda: _find_recorded(config)) if not generates else None
+    make_controller = on_main_rank(lambda: _prepare_generation(config, bridge)) if generates else None
+    recorded = on_main_rank(lambda: _find_recorded(config, bridge)) if not generates else None
     actor = _build_actor(config, bridge, context)
-    directory = _on_main(context, lambda: RunDirectory.create(config.output_dir, dump_config(config)))
+    directory = on_main_rank(lambda: RunDirectory.create(config.output_dir, dump_config(config)))
     if context.rank == 0:
         logger.info("effective algorithm:\n%s", effective_algorithm(config.algorithm))
     rollout = None
@@ -75,34 +77,21 @@ def build_run(config: RunConfig) -> Run:
     )
 
 
-def _on_main[T](context: ParallelContext, action: Callable[[], T]) -> T | None:
-    """Do something on rank 0; a ConfigError there is raised on every rank."""
-    result, problem = None, None
-    if context.rank == 0:
-        try:
-            result = action()
-        except ConfigError as error:
-            problem = [error.field, str(error.value), error.rule, error.way_out]
-    problem = broadcast_json(problem, 0)
-    if problem is not None:
-        raise ConfigError(*problem)
-    return result
-
-
 def _prepare_generation(
     config: RunConfig, bridge: HfBridge
 ) -> Callable[[RolloutEngine], tuple[RolloutController, Sequence[Prompt]]]:
     """Load tokenizer and prompts; returns what makes the controller and the held-out prompts for an engine."""
     data = config.data
     assert data is not None, "RunConfig demands prompts of every mode that generates"
+    _check_positions(config, data.max_prompt_tokens, bridge)
     tokenizer = load_tokenizer(config.model.path, bridge.vocab_size)
     scorer = build_scorer(config.reward)
     train = load_prompts(data.train, data, tokenizer, "data.train").prompts
-    check_prompts(config.reward, train)
+    check_prompts(config.reward, train, "data.train")
     held_out: tuple[Prompt, ...] = ()
     if data.evaluation is not None:
         held_out = load_prompts(data.evaluation, data, tokenizer, "data.evaluation").prompts
-        check_prompts(config.reward, held_out)
+        check_prompts(config.reward, held_out, "data.evaluation")
         _check_held_out(config, train, held_out)
     sampling = SamplingParameters(
         temperature=config.rollout.temperature,
@@ -141,17 +130,39 @@ def _check_held_out(config: RunConfig, train: Sequence[Prompt], held_out: Sequen
         logger.warning("%d of %d evaluation prompts also occur among the training prompts", shared, wanted)
 
 
-def _find_recorded(config: RunConfig) -> list[Path]:
-    assert config.recorded_rollouts is not None
+def _check_positions(config: RunConfig, max_prompt_tokens: int, bridge: HfBridge) -> None:
+    """Refuse sequences beyond the positions that the model was made for, where no other context length is set."""
+    longest = max_prompt_tokens + config.rollout.max_response_tokens
+    positions = int(bridge.export_config(torch.float32)["max_position_embeddings"])
+    require(
+        longest <= positions,
+        field="rollout.max_response_tokens",
+        value=config.rollout.max_response_tokens,
+        rule=f"must not exceed, with data.max_prompt_tokens = {max_prompt_tokens}, the model's {positions} positions",
+        way_out=f"shorten prompts or responses, or set model.context_length to {longest} or more",
+    )
+
+
+def _find_recorded(config: RunConfig, bridge: HfBridge) -> list[Path]:
+    """Files of all steps; the first is read, since recordings of one folder are of one kind."""
+    assert config.recorded_rollouts is not None, "RunConfig demands the folder in train_only"
     paths = [batch_path(config.recorded_rollouts, step) for step in range(1, config.num_steps + 1)]
+    require(
+        paths[0].is_file(),
+        field="recorded_rollouts",
+        value=config.recorded_rollouts,
+        rule=f"must hold recorded rollouts, and there is no {paths[0].name} in it",
+        way_out="name the rollouts/ folder of a rollout_only run",
+    )
     for step, path in enumerate(paths, start=1):
-        if not path.is_file():
-            raise ConfigError(
-                field="num_steps",
-                value=config.num_steps,
-                rule=f"must not exceed the recorded rollouts: {path} for step {step} does not exist",
-                way_out="lower num_steps, or record more with mode rollout_only",
-            )
+        require(
+            path.is_file(),
+            field="num_steps",
+            value=config.num_steps,
+            rule=f"must not exceed the recorded rollouts: {path} for step {step} does not exist",
+            way_out="lower num_steps, or record more with mode rollout_only",
+        )
+    load_recorded(paths[0], config, bridge.vocab_size)
     return paths
 
 

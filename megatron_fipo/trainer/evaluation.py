@@ -1,6 +1,5 @@
 """Accuracy on held-out problems, sampled and greedy."""
 
-import asyncio
 import dataclasses
 import math
 
@@ -20,6 +19,9 @@ def evaluate_when_due(run: Run, step: int) -> dict[str, float]:
     Returns:
         Metrics on rank 0 (`eval/accuracy` at sampling temperature with its 95 % interval, `eval/greedy_accuracy`);
         nothing elsewhere or when none is due.
+
+    Raises:
+        RunError: A response could not be scored.
     """
     every = run.config.evaluation.every_steps
     due = step in (0, run.config.num_steps) or (every > 0 and step % every == 0)
@@ -27,13 +29,7 @@ def evaluate_when_due(run: Run, step: int) -> dict[str, float]:
     if not due or run.rollout is None or data is None or data.evaluation is None or run.config.mode != "train":
         return {}
     with run.timer.phase("evaluation"):
-        if run.rollout.controller is None:
-            run.rollout.engine.follow()
-            return {}
-        try:
-            return asyncio.run(_evaluate(run, run.rollout.controller))
-        finally:
-            run.rollout.engine.release()
+        return run.rollout.generate(lambda controller: _evaluate(run, controller)) or {}
 
 
 async def _evaluate(run: Run, controller: RolloutController) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """The training loop. Every rank runs it; rank 0 also drives the rollouts and writes the files."""
 
-import asyncio
 import logging
 import math
 from collections.abc import Sequence
@@ -8,11 +7,12 @@ from collections.abc import Sequence
 from megatron_fipo.actor.micro_batch import MicroBatch
 from megatron_fipo.actor.shard import packing_rules, shard_micro_batches
 from megatron_fipo.actor.train_step import UpdateResult
-from megatron_fipo.parallel.collectives import broadcast_json, gather_json
+from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import compute_device
-from megatron_fipo.rollout.batch import assign_updates, batch_path, build_train_batch, load_batch, save_batch
+from megatron_fipo.rollout.batch import batch_path, build_train_batch, load_recorded, save_batch
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.evaluation import evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done
 from megatron_fipo.trainer.reporting import report_start, report_step
@@ -30,8 +30,8 @@ def train(run: Run) -> None:
     """Run all steps; collective over all ranks.
 
     Raises:
-        RunError: There is nothing to learn from, or a response could not be scored.
-        NonFiniteError: A loss or gradient was not finite.
+        RunError: There is nothing to learn from, a response could not be scored, a recording is damaged, a loss or
+            gradient was not finite, or the export differs from the actor; raised on every rank.
     """
     sync_weights(run)
     report_start(run, evaluate_when_due(run, step=0))
@@ -51,33 +51,29 @@ def collect_rollout(run: Run, step: int) -> Rollout | None:
     """Prompts → requests → responses → rewards → filter: a full batch of groups on rank 0, None elsewhere.
 
     In train-only runs there is nothing to collect.
+
+    Raises:
+        RunError: There is nothing to learn from, or a response could not be scored.
     """
     if run.rollout is None:
         return None
     with run.timer.phase("rollout"):
-        rollout, problem = None, None
-        if run.rollout.controller is None:
-            run.rollout.engine.follow()
-        else:
-            try:
-                rollout = asyncio.run(run.rollout.controller.next_rollout(step, run.policy_version))
-            except RunError as error:
-                problem = str(error)
-            finally:
-                run.rollout.engine.release()
-        # The others must hear of it too, or they would wait in the next collective.
-        problem = broadcast_json(problem, 0)
-    if problem is not None:
-        raise RunError(f"step {step}: {problem}")
-    return rollout
+        return run.rollout.generate(lambda controller: controller.next_rollout(step, run.policy_version))
 
 
 def assemble_batch(run: Run, step: int, rollout: Rollout | None) -> TrainBatch | None:
-    """The step's packed batch with advantages, on rank 0: from the rollout, or from a recording."""
-    if not run.is_main:
-        return None
+    """The step's packed batch with advantages, on rank 0: from the rollout, or from a recording.
+
+    Raises:
+        RecordedBatchError: The recording is damaged.
+        ConfigError: The recording does not suit the configuration.
+    """
+    return on_main_rank(lambda: _assemble(run, step, rollout))
+
+
+def _assemble(run: Run, step: int, rollout: Rollout | None) -> TrainBatch:
     if rollout is None:
-        return assign_updates(load_batch(run.recorded[step - 1]), run.config.algorithm)
+        return load_recorded(run.recorded[step - 1], run.config, run.actor.bridge.vocab_size)
     batch = build_train_batch(rollout.groups, run.config.algorithm, run.config.rollout.temperature)
     if run.config.mode == "rollout_only":
         assert run.directory is not None

@@ -1,6 +1,7 @@
 """What a run says about itself: one metrics line a step, sampled responses, log lines."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ def report_step(
         metrics |= rollout.metrics
         run.directory.append_samples(_sample_records(step, rollout.groups, run.config.metrics.samples_per_step))
     metrics |= _update_metrics(results)
+    if run.actor.train_step is not None and not results:
+        metrics |= {"train/updates": batch.num_mini_batches, "train/updates_skipped": batch.num_mini_batches}
     metrics |= evaluation
     metrics |= times
     metrics |= _throughput(batch, times)
@@ -65,14 +68,18 @@ def _batch_metrics(batch: TrainBatch) -> dict[str, float]:
 
 
 def _update_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:
-    """Means over a step's updates; the null mini-batch, the first, on its own."""
+    """Means over a step's updates; the null mini-batch, the first, on its own.
+
+    An update with nothing to learn from (D = 0) has no loss, so it counts among the skipped alone.
+    """
     if not results:
         return {}
+    counted = [result for result in results if result.denominator]
     metrics: dict[str, Any] = {
         "train/updates": len(results),
         "train/updates_skipped": sum(not result.applied for result in results),
-        "train/loss": float(np.mean([result.loss for result in results])),
-        "train/grad_norm": float(np.mean([result.grad_norm for result in results])),
+        "train/loss": _mean([result.loss for result in counted]),
+        "train/grad_norm": _mean([result.grad_norm for result in counted]),
         "train/learning_rate": results[-1].learning_rate,
         "train/loss_by_update": [result.loss for result in results],
         "train/grad_norm_by_update": [result.grad_norm for result in results],
@@ -83,12 +90,16 @@ def _update_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:
     return metrics | _null_mini_batch(results[0])
 
 
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
+
+
 def _combine(key: str, values: Sequence[float]) -> float:
     if key in _SUMMED:
         return float(np.sum(values))
     if key.endswith("_max"):
         return float(np.max(values))
-    return float(np.min(values)) if key.endswith("_min") else float(np.mean(values))
+    return float(np.min(values)) if key.endswith("_min") else _mean(values)
 
 
 def _null_mini_batch(first: UpdateResult) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What a run is made of, as the loop sees it."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.timing import PhaseTimer
+from megatron_fipo.trainer.agreement import on_every_rank
 from megatron_fipo.types import Prompt
 from megatron_fipo.weight_sync.base import WeightSync
 
@@ -51,6 +54,33 @@ class RolloutSide:
     controller: RolloutController | None
     evaluation_prompts: Sequence[Prompt] = ()
 
+    def generate[T](self, drive: Callable[[RolloutController], Coroutine[Any, Any, T]]) -> T | None:
+        """Let rank 0 drive the engine while all ranks decode; collective over all ranks.
+
+        Args:
+            drive: What the controller is to do.
+
+        Returns:
+            What `drive` gives on rank 0, None elsewhere.
+
+        Raises:
+            RunError: From `drive`; raised on every rank.
+        """
+        return on_every_rank(lambda: self._take_part(drive))
+
+    def _take_part[T](self, drive: Callable[[RolloutController], Coroutine[Any, Any, T]]) -> T | None:
+        if self.controller is None:
+            self.engine.follow()
+            return None
+        # After any other error the ranks are out of step, and a release could wait for ever.
+        try:
+            result = asyncio.run(drive(self.controller))
+        except RunError:
+            self.engine.release()
+            raise
+        self.engine.release()
+        return result
+
 
 @dataclass(slots=True, kw_only=True)
 class Run:
@@ -59,8 +89,8 @@ class Run:
     Attributes:
         config: The resolved configuration.
         context: This rank's place.
-        actor: The model being trained; None in rollout-only runs it still exists, without optimizer.
-        rollout: The generating side.
+        actor: The model being trained; without optimizer in rollout-only runs.
+        rollout: The generating side; None in train-only runs.
         directory: Run directory, on rank 0 alone.
         recorded: Recorded batches, one per step, in train-only runs.
         policy_version: Version of the actor's weights: how many steps have been applied.

@@ -1,0 +1,48 @@
+"""Errors that end a run, made known to every rank: a rank that did not hear would wait in the next collective."""
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.parallel.collectives import gather_json
+from megatron_fipo.rewards.base import RewardError
+from megatron_fipo.rollout.batch import RecordedBatchError
+from megatron_fipo.rollout.controller import NoSignalError
+from megatron_fipo.runtime.errors import RunError
+
+_KNOWN: dict[str, type[ConfigError] | type[RunError]] = {
+    kind.__name__: kind for kind in (ConfigError, RunError, NoSignalError, RecordedBatchError, RewardError)
+}
+
+
+def on_every_rank[T](action: Callable[[], T]) -> T:
+    """Do something on every rank; collective.
+
+    Raises:
+        ConfigError: A rank met one; raised on all of them.
+        RunError: The same.
+    """
+    caught: ConfigError | RunError | None = None
+    try:
+        result = action()
+    except (ConfigError, RunError) as error:
+        caught = error
+    problems = gather_json(None if caught is None else _describe(caught))
+    if caught is not None:
+        raise caught
+    for problem in problems:
+        if problem is not None:
+            kind, arguments = problem
+            raise _KNOWN[kind](*arguments)
+    return result
+
+
+def on_main_rank[T](action: Callable[[], T]) -> T | None:
+    """Do something on rank 0 alone, as `on_every_rank`; None elsewhere."""
+    return on_every_rank(action if dist.get_rank() == 0 else lambda: None)
+
+
+def _describe(error: ConfigError | RunError) -> tuple[str, list[str]]:
+    kind = type(error).__name__
+    return (kind, [str(each) for each in error.args]) if kind in _KNOWN else (RunError.__name__, [str(error)])
