@@ -21,9 +21,8 @@ def main() -> None:
     for step in evaluations:
         interval = f"({step['eval/accuracy_low']:.3f} to {step['eval/accuracy_high']:.3f})"
         greedy = step.get("eval/greedy_accuracy")
-        print(
-            f"{step['step']:>10}   {step['eval/accuracy']:>8.3f} {interval:<42}   {'-' if greedy is None else f'{greedy:.3f}'}"
-        )
+        shown = "-" if greedy is None else f"{greedy:.3f}"
+        print(f"{step['step']:>10}   {step['eval/accuracy']:>8.3f} {interval:<42}   {shown}")
     print(f"gain: {evaluations[-1]['eval/accuracy'] - evaluations[0]['eval/accuracy']:+.3f}")
 
 

@@ -1,4 +1,4 @@
-"""Makes the quickstart's model and problems: a small character model, warm-started on a teacher that gets carries wrong.
+"""Makes the quickstart's problems and model, a character model warm-started on a teacher that gets carries wrong.
 
 A problem is a chain of digits, `7+5+8+1=`; its answer is the last digit of the sum. The model writes the running sum
 step by step, `7+5=2;2+8=0;0+1=1;#1`. The teacher it first imitates works the same way, but where a sum reaches ten it
@@ -156,7 +156,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=PAD)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:

@@ -15,6 +15,8 @@ from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
 
+from megatron_fipo.runtime.logging import quiet_imports
+
 _OPTIONAL = ("transformer_engine", "modelopt")
 
 
@@ -79,7 +81,8 @@ def import_bridge() -> Any:
     finder = _PlaceholderFinder(missing)
     sys.meta_path.append(finder)  # type: ignore[arg-type]
     try:
-        return importlib.import_module("megatron.bridge")
+        with quiet_imports():
+            return importlib.import_module("megatron.bridge")
     finally:
         sys.meta_path.remove(finder)  # type: ignore[arg-type]
         for name in finder.created:

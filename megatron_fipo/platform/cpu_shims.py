@@ -19,6 +19,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_fipo.platform.device import uses_cuda
+from megatron_fipo.runtime.logging import quiet_imports
 
 REVIEWED_MEGATRON_CORE = "0.19."
 
@@ -99,7 +100,10 @@ def install() -> None:
     # jit_fuser is torch.compile: on CPU it costs half a minute of compilation and saves nothing.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # torch.compile keeps tables of torch.cuda's functions, so megatron-core, which uses it, is imported unpatched.
-    importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    with quiet_imports():
+        importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+        importlib.import_module("megatron.core.optimizer")
+        importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     _patch_cuda_module()
     _patch_factories()
     _patch_tensor_methods()
