@@ -1,0 +1,541 @@
+"""Every section: its fields are read, the shipped files load, and every check says field, value, rule and way out."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from megatron_fipo.config.algorithm import DapoConfig, FipoConfig, GrpoConfig
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.data import DataConfig, JsonlPrompts, ReasoningGymPrompts
+from megatron_fipo.config.evaluation import EvaluationConfig
+from megatron_fipo.config.load import dump_config, load_config
+from megatron_fipo.config.metrics import MetricsConfig
+from megatron_fipo.config.model import ModelConfig
+from megatron_fipo.config.optimizer import OptimizerConfig
+from megatron_fipo.config.parallelism import ParallelismConfig
+from megatron_fipo.config.reward import RewardConfig
+from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.config.run import RunConfig
+from megatron_fipo.config.weight_sync import WeightSyncConfig
+from tests.unit.config.field_reads import read_fields
+
+ROOT = Path(__file__).parents[3]
+PACKAGE = ROOT / "megatron_fipo"
+EXAMPLES = sorted((ROOT / "examples").glob("**/*.yaml"))
+
+
+def sections_below(cls: type, found: list[type] | None = None) -> list[type]:
+    found = [] if found is None else found
+    found.append(cls)
+    for annotation in get_type_hints(cls).values():
+        for member in (annotation, *get_args(annotation)):
+            if dataclasses.is_dataclass(member) and member not in found:
+                sections_below(member, found)
+    return found
+
+
+def unread(sections: list[type], reads: set[tuple[str, str]]) -> set[str]:
+    """Fields of the sections that nothing reads, where there is anything to choose."""
+    read_names: dict[str, set[str]] = {}
+    for owner, field in reads:
+        read_names.setdefault(field, set()).add(owner)
+    missing = set()
+    for section in sections:
+        hints = get_type_hints(section)
+        lineage = {base.__name__ for base in section.__mro__}
+        for field in dataclasses.fields(section):
+            one_choice = get_origin(hints[field.name]) is Literal and len(get_args(hints[field.name])) == 1
+            if not one_choice and not read_names.get(field.name, set()) & lineage:
+                missing.add(f"{section.__name__}.{field.name}")
+    return missing
+
+
+def test_every_field_is_read_outside_the_configuration() -> None:
+    sections = sections_below(RunConfig)
+    assert {ReasoningGymPrompts, GrpoConfig, WeightSyncConfig} <= set(sections)
+    assert unread(sections, read_fields(sorted(PACKAGE.rglob("*.py")), PACKAGE / "config", sections)) == set()
+
+
+@dataclasses.dataclass
+class Inner:
+    path: str
+    size: int
+    kind: Literal["only"]
+    depth: int
+
+
+@dataclasses.dataclass
+class Outer:
+    inner: Inner
+    path: str
+    speed: float
+    tone: int
+    hue: int
+
+
+READER = """
+class Holder:
+    config: Outer
+    path: Path
+
+    def __init__(self, outer: Outer | None) -> None:
+        self.outer, self.other = outer, 1
+
+    def read(self, size) -> None:
+        mine = self.outer.inner
+        print(mine.size, self.path, size, Other().depth)
+        self.outer.speed = 3
+        for name in ("tone",):
+            print(getattr(self.config, name))
+"""
+
+
+def test_an_unread_field_is_noticed(tmp_path: Path) -> None:
+    source = tmp_path / "reader.py"
+    source.write_text("class Outer:\n    inner: Inner\n    path: str\n" + READER)
+    reads = read_fields([source], tmp_path / "config", [Outer, Inner])
+    assert unread([Outer, Inner], reads) == {"Outer.path", "Outer.speed", "Outer.hue", "Inner.path", "Inner.depth"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[str(path.relative_to(ROOT)) for path in EXAMPLES])
+def test_shipped_files_load_and_come_back_from_their_dump(path: Path, tmp_path: Path) -> None:
+    config = load_config(RunConfig, path)
+    dumped = tmp_path / "config.yaml"
+    dumped.write_text(dump_config(config))
+    assert load_config(RunConfig, dumped) == config
+
+
+def run_config(**changes: Any) -> RunConfig:
+    values = {
+        "output_dir": Path("out"),
+        "num_steps": 2,
+        "model": ModelConfig(path=Path("model")),
+        "data": DataConfig(train=JsonlPrompts(path=Path("train.jsonl")), max_prompt_tokens=100),
+        "algorithm": FipoConfig(updates_per_rollout=4),
+        "rollout": RolloutConfig(num_prompts_per_step=8, group_size=4, max_response_tokens=156),
+        "parallelism": ParallelismConfig(max_tokens_per_micro_batch=256),
+    }
+    return RunConfig(**{**values, **changes})
+
+
+def jsonl(**values: Any) -> JsonlPrompts:
+    return JsonlPrompts(path=Path("a.jsonl"), **values)
+
+
+def gym(**values: Any) -> ReasoningGymPrompts:
+    return ReasoningGymPrompts(task="chain_sum", **values)
+
+
+def data(**values: Any) -> DataConfig:
+    return DataConfig(train=jsonl(), **values)
+
+
+def model(**values: Any) -> ModelConfig:
+    return ModelConfig(path=Path("m"), **values)
+
+
+ACCEPTED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (run_config, {}),
+    (run_config, {"model": model(context_length=256)}),
+    (run_config, {"mode": "rollout_only"}),
+    (run_config, {"mode": "train_only", "recorded_rollouts": Path("r"), "data": None}),
+    # Its groups come from the recording.
+    (
+        run_config,
+        {"mode": "train_only", "recorded_rollouts": Path("r"), "algorithm": FipoConfig(updates_per_rollout=3)},
+    ),
+    (
+        run_config,
+        {"mode": "train_only", "recorded_rollouts": Path("r"), "rollout": RolloutConfig(group_size=1), "data": None},
+    ),
+    (ParallelismConfig, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    (ParallelismConfig, {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}),
+    (ParallelismConfig, {"pipeline_model_parallel_size": 2, "batch_p2p_comm": True}),
+    (
+        ParallelismConfig,
+        {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2, "batch_p2p_comm": True},
+    ),
+    (RolloutConfig, {"top_p": 1e-9}),
+    (OptimizerConfig, {"warmup_steps": 0, "weight_decay": 0.0, "adam_beta1": 0.0, "max_grad_norm": math.inf}),
+    (OptimizerConfig, {"schedule": "cosine", "decay_steps": 11}),
+    (OptimizerConfig, {"min_learning_rate": 1e-6}),
+    (data, {"prompt_format": "raw"}),
+    (gym, {"size": 2**20, "seed": 4095, "question_template": "Q: {question}\nA:"}),
+    (RewardConfig, {"answer_pattern": "#(\\d)", "score_threshold": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("build", "values"), ACCEPTED)
+def test_values_at_their_limits_are_accepted(build: Callable[..., Any], values: dict[str, Any]) -> None:
+    build(**values)
+
+
+REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (run_config, {"num_steps": 0}, "num_steps = 0: must be at least 1; give the number of steps"),
+    (
+        run_config,
+        {"mode": "train_only"},
+        'recorded_rollouts = None: must be given with mode = "train_only" and only then (mode is "train_only"); '
+        "name the folder that a rollout_only run wrote, or set mode",
+    ),
+    (
+        run_config,
+        {"recorded_rollouts": Path("r")},
+        'recorded_rollouts = r: must be given with mode = "train_only" and only then (mode is "train"); '
+        "name the folder that a rollout_only run wrote, or set mode",
+    ),
+    (
+        run_config,
+        {"algorithm": FipoConfig(updates_per_rollout=3)},
+        "rollout.num_prompts_per_step = 8: must be a multiple of algorithm.updates_per_rollout = 3; change either, "
+        "so that every mini-batch has the same number of groups",
+    ),
+    (
+        run_config,
+        {"rollout": RolloutConfig(num_prompts_per_step=8, group_size=1, max_response_tokens=156)},
+        "rollout.group_size = 1: must be at least 2: advantages are relative to the group; 8 or 16 are good values",
+    ),
+    (
+        run_config,
+        {"data": None},
+        'data = None: must be given with mode = "train"; name the training prompts under data.train',
+    ),
+    (
+        run_config,
+        {"data": None, "mode": "rollout_only"},
+        'data = None: must be given with mode = "rollout_only"; name the training prompts under data.train',
+    ),
+    (
+        run_config,
+        {"parallelism": ParallelismConfig(max_tokens_per_micro_batch=255)},
+        "parallelism.max_tokens_per_micro_batch = 255: must hold the longest sequence: data.max_prompt_tokens = 100 + "
+        "rollout.max_response_tokens = 156, padded to 256; raise it to at least 256, or shorten prompts or responses",
+    ),
+    (
+        run_config,
+        # Packs are padded to lcm(2 · 3, 1 · 3) = 6 tokens.
+        {"parallelism": ParallelismConfig(max_tokens_per_micro_batch=256, context_parallel_size=3)},
+        "parallelism.max_tokens_per_micro_batch = 256: must hold the longest sequence: data.max_prompt_tokens = 100 + "
+        "rollout.max_response_tokens = 156, padded to 258; raise it to at least 258, or shorten prompts or responses",
+    ),
+    (
+        run_config,
+        {"model": model(context_length=255)},
+        "model.context_length = 255: must hold the longest sequence of 256 tokens; raise it to at least 256, or "
+        "shorten prompts or responses",
+    ),
+    *(
+        (ParallelismConfig, {field: 0}, f"{field} = 0: must be at least 1; set it to 1 or more")
+        for field in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "max_tokens_per_micro_batch",
+        )
+    ),
+    (
+        ParallelismConfig,
+        {"activation_recompute": "half"},
+        'activation_recompute = half: must be "none", "selective" or "full"; choose one of the three',
+    ),
+    (
+        ParallelismConfig,
+        {"sequence_parallel": True},
+        "sequence_parallel = True: needs tensor_model_parallel_size > 1; set sequence_parallel to false, or raise "
+        "tensor_model_parallel_size",
+    ),
+    (
+        ParallelismConfig,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 1},
+        "virtual_pipeline_model_parallel_size = 1: must be at least 2, or null; set it to null for the plain schedule",
+    ),
+    (
+        ParallelismConfig,
+        {"virtual_pipeline_model_parallel_size": 2},
+        "virtual_pipeline_model_parallel_size = 2: needs pipeline_model_parallel_size >= 2 (it is 1); raise "
+        "pipeline_model_parallel_size or set this to null",
+    ),
+    (
+        ParallelismConfig,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "batch_p2p_comm": True},
+        "batch_p2p_comm = True: gives silently wrong gradients with pipeline_model_parallel_size = 2 and virtual "
+        "stages: both directions join the same two ranks in one batch (megatron-core); set batch_p2p_comm to false",
+    ),
+    *(
+        (RolloutConfig, {field: 0}, f"{field} = 0: must be at least 1; set it to 1 or more")
+        for field in (
+            "num_prompts_per_step",
+            "group_size",
+            "max_response_tokens",
+            "max_generation_rounds",
+            "max_batch_sequences",
+        )
+    ),
+    *(
+        (
+            RolloutConfig,
+            {"temperature": value},
+            f"temperature = {value}: must be finite and greater than 0 (log-probabilities of a greedy policy do not "
+            "exist); 1.0 is the usual value",
+        )
+        for value in (0.0, -1.0, math.inf, math.nan)
+    ),
+    *(
+        (RolloutConfig, {"top_p": value}, f"top_p = {value}: must lie in (0, 1]; 1.0 is the usual value")
+        for value in (0.0, 1.1, math.nan)
+    ),
+    (RolloutConfig, {"policy_lag": -1}, "policy_lag = -1: must not be negative; 0 is synchronous"),
+    (
+        RolloutConfig,
+        {"policy_lag": 1},
+        "policy_lag = 1: must be 0 with the embedded engine, which shares the trainer's processes; set it to 0",
+    ),
+    *(
+        (
+            OptimizerConfig,
+            {field: value},
+            f"{field} = {value}: must be positive and finite; choose a small positive number, such as 1e-6",
+        )
+        for field in ("learning_rate", "adam_eps")
+        for value in (0.0, math.inf, math.nan)
+    ),
+    *(
+        (OptimizerConfig, {field: value}, f"{field} = {value}: must be finite and not negative; choose 0 or more")
+        for field, value in (("min_learning_rate", -1e-9), ("weight_decay", math.inf), ("warmup_steps", -1))
+    ),
+    (
+        OptimizerConfig,
+        {"max_grad_norm": 0.0},
+        "max_grad_norm = 0.0: must be greater than 0; 1.0 is a good value, .inf leaves clipping out",
+    ),
+    *(
+        (OptimizerConfig, {field: value}, f"{field} = {value}: must lie in [0, 1); 0.9 and 0.98 are good values")
+        for field, value in (("adam_beta1", 1.0), ("adam_beta2", -0.1))
+    ),
+    (
+        OptimizerConfig,
+        {"min_learning_rate": 2e-6},
+        "min_learning_rate = 2e-06: must not exceed learning_rate = 1e-06; lower it",
+    ),
+    *(
+        (
+            OptimizerConfig,
+            {"schedule": schedule, "decay_steps": steps},
+            f'decay_steps = {steps}: must exceed warmup_steps = 10 when schedule = "{schedule}"; set it to the run\'s '
+            "number of optimizer steps (num_steps × algorithm.updates_per_rollout)",
+        )
+        for schedule, steps in (("linear", None), ("cosine", 10))
+    ),
+    (
+        jsonl,
+        {"answer_field": "prompt"},
+        "answer_field = prompt: must differ from prompt_field; name the key that holds the reference answer",
+    ),
+    *(
+        (gym, {"size": size}, f"size = {size}: must lie in [1, 1048576]; give the number of problems")
+        for size in (0, 2**20 + 1)
+    ),
+    *(
+        (gym, {"seed": seed}, f"seed = {seed}: must lie in [0, 4095]; use a small number, another one for each set")
+        for seed in (-1, 4096)
+    ),
+    *(
+        (
+            gym,
+            {"parameters": {name: 3}},
+            f"parameters.{name} = 3: {name} is not one of the task's own parameters; write it as {name} beside "
+            "parameters",
+        )
+        for name in ("size", "seed")
+    ),
+    (
+        gym,
+        {"question_template": "Q"},
+        "question_template = Q: must contain {question}; put {question} where the problem goes",
+    ),
+    (data, {"max_prompt_tokens": 0}, "max_prompt_tokens = 0: must be at least 1; 2048 is a good value"),
+    (
+        data,
+        {"system_prompt": "Be brief.", "prompt_format": "raw"},
+        'system_prompt = Be brief.: needs prompt_format = "chat"; set prompt_format to "chat", or put the text into '
+        "the prompts",
+    ),
+    *(
+        (
+            model,
+            {field: value},
+            f"{field} = {value}: must be positive and finite, or null to keep the model's own; set it to null",
+        )
+        for field, value in (("context_length", 0), ("rope_base", -1.0), ("rope_base", math.inf))
+    ),
+    (model, {"log_prob_chunk_tokens": 0}, "log_prob_chunk_tokens = 0: must be at least 1; 1024 is a good value"),
+    *(
+        (
+            RewardConfig,
+            {"score_threshold": value},
+            f"score_threshold = {value}: must lie in (0, 1]; 0.99 is a good value",
+        )
+        for value in (0.0, 1.1)
+    ),
+    (
+        RewardConfig,
+        {"answer_pattern": "#\\d"},
+        "answer_pattern = #\\d: must have a group that holds the answer; write the answer's part in parentheses, such "
+        'as "#(\\d+)"',
+    ),
+    (
+        RewardConfig,
+        {"answer_pattern": "#(\\d"},
+        "answer_pattern = #(\\d: must be a regular expression (missing ), unterminated subpattern at position 1); "
+        'write the answer\'s part in parentheses, such as "#(\\d+)"',
+    ),
+    (
+        EvaluationConfig,
+        {"num_prompts": 0},
+        "num_prompts = 0: must be at least 1; leave data.evaluation out to skip evaluation",
+    ),
+    (
+        EvaluationConfig,
+        {"every_steps": -1},
+        "every_steps = -1: must not be negative; 0 evaluates before and after the run",
+    ),
+    (MetricsConfig, {"samples_per_step": -1}, "samples_per_step = -1: must not be negative; 0 writes none"),
+    (WeightSyncConfig, {"bucket_mib": 0}, "bucket_mib = 0: must be at least 1; 512 is a good value"),
+    (
+        FipoConfig,
+        {"updates_per_rollout": 1},
+        "updates_per_rollout = 1: FIPO needs at least 2: on a rollout's first mini-batch the policy has not moved, so "
+        "every influence weight is exactly 1 and FIPO is DAPO; use 2 or more (8 in the paper), or algorithm type dapo",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "values", "text"), REFUSED)
+def test_refusals_name_field_value_rule_and_way_out(
+    build: Callable[..., Any], values: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(**values)
+    assert str(caught.value) == text
+
+
+def test_dapo_and_grpo_may_take_one_update() -> None:
+    for algorithm in (DapoConfig, GrpoConfig):
+        assert run_config(algorithm=algorithm(updates_per_rollout=1)).algorithm.updates_per_rollout == 1
+
+
+LAYOUT = {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(("world_size", "replicas"), [(8, 1), (16, 2), (24, 3)])
+def test_data_parallelism_is_what_remains_of_the_world(world_size: int, replicas: int) -> None:
+    assert ParallelismConfig(**LAYOUT).data_parallel_size(world_size) == replicas
+
+
+@pytest.mark.parametrize("check", [ParallelismConfig.check_world_size, ParallelismConfig.data_parallel_size])
+def test_a_layout_that_does_not_divide_the_world_is_refused_with_the_equation(check: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(ParallelismConfig(**LAYOUT), 12)
+    assert str(caught.value) == (
+        "parallelism = tensor 2 × context 2 × pipeline 2 = 8: must divide the world: world size 12 = tensor 2 × "
+        "context 2 × pipeline 2 × data, and 12 / 8 is not a whole number; start a multiple of 8 ranks, or change a size"
+    )
+
+
+def test_an_expert_layout_that_does_not_divide_the_world_is_refused_with_the_equation() -> None:
+    sizes = {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    with pytest.raises(ConfigError) as caught:
+        ParallelismConfig(**sizes).check_world_size(8)
+    assert str(caught.value) == (
+        "parallelism.expert_model_parallel_size = 4: must divide the world: world size 8 = expert tensor 2 × expert 4 "
+        "× pipeline 2 × expert data, and 8 / 16 is not a whole number; start a multiple of 16 ranks, or change a size"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "multiple"), [(1, 1, 1), (2, 1, 2), (1, 2, 4), (2, 2, 4), (3, 2, 12), (8, 2, 16), (1, 8, 16)]
+)
+def test_packs_divide_into_zigzag_chunks_and_sequence_parallel_parts(tp: int, cp: int, multiple: int) -> None:
+    config = ParallelismConfig(tensor_model_parallel_size=tp, context_parallel_size=cp)
+    assert config.pack_multiple == multiple
+
+
+MINIMAL = """\
+output_dir: out
+num_steps: 2
+model: {path: model}
+data: {train: {type: jsonl, path: train.jsonl}, max_prompt_tokens: 100}
+algorithm: {type: fipo, updates_per_rollout: 4}
+rollout: {num_prompts_per_step: 8, group_size: 4, max_response_tokens: 156}
+parallelism: {max_tokens_per_micro_batch: 256}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_a_minimal_file_is_the_configuration_it_says(config_file: Path) -> None:
+    assert load_config(RunConfig, config_file) == run_config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            ["--parallelism.tensor_parallel_size", "2"],
+            "parallelism.tensor_parallel_size = 2: there is no such field in parallelism; did you mean "
+            "tensor_model_parallel_size?",
+        ),
+        (
+            ["--temperature", "0.7"],
+            "temperature = 0.7: there is no such field in the configuration; did you mean rollout.temperature?",
+        ),
+        (
+            ["--optimizer.learning_rate", "0"],
+            "optimizer.learning_rate = 0.0: must be positive and finite; choose a small positive number, such as 1e-6",
+        ),
+        (
+            ["--rollout.policy_lag", "2"],
+            "rollout.policy_lag = 2: must be 0 with the embedded engine, which shares the trainer's processes; set it "
+            "to 0",
+        ),
+        (
+            ["--data.train.answer_field", "prompt"],
+            "data.train.answer_field = prompt: must differ from prompt_field; name the key that holds the reference "
+            "answer",
+        ),
+        (
+            ["--algorithm.updates_per_rollout", "1"],
+            "algorithm.updates_per_rollout = 1: FIPO needs at least 2: on a rollout's first mini-batch the policy has "
+            "not moved, so every influence weight is exactly 1 and FIPO is DAPO; use 2 or more (8 in the paper), or "
+            "algorithm type dapo",
+        ),
+        (
+            ["--parallelism.max_tokens_per_micro_batch", "128"],
+            "parallelism.max_tokens_per_micro_batch = 128: must hold the longest sequence: data.max_prompt_tokens = "
+            "100 + rollout.max_response_tokens = 156, padded to 256; raise it to at least 256, or shorten prompts or "
+            "responses",
+        ),
+    ],
+)
+def test_refusals_name_fields_from_the_root(config_file: Path, overrides: list[str], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, config_file, overrides)
+    assert str(caught.value) == text
+
+
+def test_a_key_given_twice_is_refused(config_file: Path) -> None:
+    config_file.write_text(MINIMAL + "num_steps: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, config_file)
+    assert str(caught.value) == f"{config_file}:8 = num_steps: this key is already on line 2; keep one of the two"
