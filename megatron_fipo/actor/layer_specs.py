@@ -32,14 +32,16 @@ def decoder_block_spec(config: TransformerConfig, vp_stage: int | None = None) -
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
     for layer in block.layer_specs:
-        _use_local_parts(layer)
+        _use_local_parts(layer, config)
     block.layer_norm = SequenceParallelRMSNorm
     return block
 
 
-def _use_local_parts(layer: ModuleSpec) -> None:
+def _use_local_parts(layer: ModuleSpec, config: TransformerConfig) -> None:
     parts = layer.submodules
     parts.input_layernorm = SequenceParallelRMSNorm
     parts.pre_mlp_layernorm = SequenceParallelRMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = PackedDotProductAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm

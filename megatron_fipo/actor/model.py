@@ -65,6 +65,8 @@ def build_provider(
     provider.calculate_per_token_loss = True
     provider.variable_seq_lengths = True
     provider.moe_token_dispatcher_type = "alltoall"
+    # Off unless an override asks for it: per micro-batch, it depends on how sequences are packed.
+    provider.moe_aux_loss_coeff = 0.0
     provider.cross_entropy_loss_fusion = False
     provider.gradient_accumulation_fusion = False
     if not uses_transformer_engine():

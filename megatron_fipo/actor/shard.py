@@ -55,8 +55,7 @@ def shard_micro_batches(
     share = _receive_share(batch, plan, float(header["temperature"][0]), context)
     place = {index: number for number, index in enumerate(_share_of(plan, context.dp_rank))}
     return [
-        [build_micro_batch(share, _renumber(pack, place), context, device) for pack in mini_batch[context.dp_rank]]
-        for mini_batch in plan
+        [_build(share, pack, place, context, device) for pack in mini_batch[context.dp_rank]] for mini_batch in plan
     ]
 
 
@@ -65,8 +64,12 @@ def _share_of(plan: PackPlan, dp_rank: int) -> list[int]:
     return sorted(index for mini_batch in plan for pack in mini_batch[dp_rank] for index in pack.sequences)
 
 
-def _renumber(pack: Pack, place: dict[int, int]) -> Pack:
-    return Pack(tuple(place[index] for index in pack.sequences), pack.padded_lengths)
+def _build(
+    share: TrainBatch, pack: Pack, place: dict[int, int], context: ParallelContext, device: torch.device
+) -> MicroBatch:
+    """Build a micro-batch from the share, under its sequences' numbers in the rollout batch."""
+    in_share = Pack(tuple(place[index] for index in pack.sequences), pack.padded_lengths)
+    return dataclasses.replace(build_micro_batch(share, in_share, context, device), sequences=pack.sequences)
 
 
 def _receive_share(

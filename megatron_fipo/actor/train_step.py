@@ -94,10 +94,10 @@ class TrainStep:
         summary = self._summarise(micro_batches, parts)
         loss = summary["numerator"] / denominator if denominator else math.nan
         grad_norm, applied, reason = 0.0, False, ""
-        if denominator == 0:
+        if summary["culprit"]:
+            reason = f"the loss is {summary['numerator']}, first in {summary['culprit']}"
+        elif denominator == 0:
             reason = "no response token is left to learn from (all masked, or every sequence dropped)"
-        elif not math.isfinite(loss):
-            reason = f"the loss is {loss}, first in {summary['culprit']}"
         else:
             outcome = self.optimizer.step()
             grad_norm, applied = outcome.grad_norm, outcome.applied
@@ -164,4 +164,4 @@ class TrainStep:
         mine = [[self.context.rank, number, list(micro_batches[number].sequences)] for number in bad[:1]]
         found = [entry for part in gather_json(mine, self.context.dp_cp_group) for entry in part]
         rank, number, sequences = found[0]
-        return f"micro-batch {number} of rank {rank} (sequences {sequences} of that rank's share)"
+        return f"micro-batch {number} of rank {rank} (sequences {sequences} of the rollout batch)"
