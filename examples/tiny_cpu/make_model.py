@@ -19,7 +19,9 @@ import logging
 import os
 import random
 import shutil
+import sys
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +36,7 @@ CHARACTERS = "0123456789+=;#"
 PAD, EOS = "<pad>", "<eos>"
 # One problem in this many is held out.
 HELD_OUT_PART = 8
+WARMUP_UPDATES = 40
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,11 @@ class Recipe:
         seed: Seed of the initial weights, the warm start and the problems.
         shortest, longest: Digits of a problem.
         train_problems, eval_problems: Lines of the two files.
-        updates, batch: Supervised updates, and samples in each.
-        learning_rate: Highest rate of the warm start.
+        batch: Samples in a supervised update.
+        learning_rate: Rate of the warm start until the teacher is learnt.
+        learnt_loss: Mean loss of the last 20 updates at which it is; it cannot go below about 0.045.
+        decay_updates: Updates from there to the end, over which the rate falls to nothing.
+        max_updates: Updates after which a warm start that did not get there is given up.
         carry_error: How often the teacher gets a carry wrong.
     """
 
@@ -54,9 +60,11 @@ class Recipe:
     longest: int = 6
     train_problems: int = 4096
     eval_problems: int = 1024
-    updates: int = 350
     batch: int = 32
     learning_rate: float = 2e-3
+    learnt_loss: float = 0.1
+    decay_updates: int = 100
+    max_updates: int = 1200
     carry_error: float = 0.6
 
 
@@ -180,22 +188,39 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, rng: random.Random) -> None:
-    """Imitate the teacher for a few hundred updates; the loss counts answers alone."""
+    """Imitate the teacher until it is learnt, then let the learning rate fall; the loss counts answers alone."""
     started = time.perf_counter()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    for update in range(recipe.updates):
-        token_ids, labels = teacher_batch(tokenizer, recipe, rng)
-        logits = model(input_ids=token_ids).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    recent: deque[float] = deque(maxlen=20)
+    last_update = recipe.max_updates
+    for update in range(1, recipe.max_updates + 1):
+        remaining = (last_update - update + 1) / recipe.decay_updates
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * schedule(update, recipe.updates)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (update + 1) % 50 == 0:
-            logger.info("warm start: update %d of %d, loss %.3f", update + 1, recipe.updates, loss.item())
-    logger.info("warm start took %.1f s", time.perf_counter() - started)
+            group["lr"] = recipe.learning_rate * min(update / WARMUP_UPDATES, 1.0, remaining)
+        recent.append(supervised_update(model, optimizer, *teacher_batch(tokenizer, recipe, rng)))
+        loss = sum(recent) / len(recent)
+        if update % 50 == 0:
+            logger.info("warm start: update %d, loss %.3f", update, loss)
+        if loss < recipe.learnt_loss and last_update == recipe.max_updates:
+            last_update = min(update + recipe.decay_updates, recipe.max_updates)
+        if update == last_update:
+            break
+    logger.info("warm start: %d updates, loss %.3f, %.1f s", update, loss, time.perf_counter() - started)
+    if loss > recipe.learnt_loss:
+        sys.exit(f"seed = {recipe.seed}: the warm start did not learn its teacher (loss {loss:.3f}); choose another")
+
+
+def supervised_update(
+    model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, token_ids: torch.Tensor, labels: torch.Tensor
+) -> float:
+    """One update on a batch of [batch, T]; returns its loss."""
+    logits = model(input_ids=token_ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(loss.detach())
 
 
 def teacher_batch(
@@ -215,12 +240,6 @@ def teacher_batch(
         token_ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     return token_ids, labels
-
-
-def schedule(update: int, updates: int, warmup: int = 40) -> float:
-    """Factor on the learning rate: linear warm-up, then linear decay to 5 %."""
-    decay = 1.0 - 0.95 * max(0, update - warmup) / (updates - warmup)
-    return min((update + 1) / warmup, 1.0) * max(decay, 0.05)
 
 
 if __name__ == "__main__":
