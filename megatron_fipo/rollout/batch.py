@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -150,8 +151,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    # A lone .npy file is an array, which is no context manager: a TypeError.
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    # What a damaged archive can raise. A lone .npy file is an array, which is no context manager: a TypeError.
+    except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise RecordedBatchError(f"{path}: cannot be read as a recorded rollout batch ({error})") from error
 
 
@@ -168,16 +169,15 @@ def _find_disagreement(batch: TrainBatch) -> str | None:
         return f"{', '.join(wrong)} do not fit {count} sequences of {total} tokens"
     if not count:
         return "holds no sequence"
-    position = np.arange(total) - np.repeat(batch.sequence_starts[:-1], batch.sequence_lengths)
+    if not (np.all(batch.prompt_lengths >= 1) and np.all(batch.prompt_lengths <= batch.sequence_lengths)):
+        return "a prompt is empty, or longer than its sequence"
+    places = np.arange(total) - np.repeat(batch.sequence_starts[:-1], batch.sequence_lengths)
+    in_prompt = places < np.repeat(batch.prompt_lengths, batch.sequence_lengths)
     checks = {
-        "prompts are not shorter than their sequences, or empty": np.all(batch.prompt_lengths >= 1)
-        and np.all(batch.prompt_lengths <= batch.sequence_lengths),
-        "a prompt's token counts as response": not np.any(
-            batch.response_mask & (position < np.repeat(batch.prompt_lengths, batch.sequence_lengths))
-        ),
+        "response_mask holds tokens of a prompt": not np.any(batch.response_mask & in_prompt),
         "token_ids are negative": np.all(batch.token_ids >= 0),
-        "rewards or rollout_log_probs are not finite": np.isfinite(batch.rewards).all()
-        and np.isfinite(batch.rollout_log_probs).all(),
+        "rewards are not finite": np.all(np.isfinite(batch.rewards)),
+        "rollout_log_probs are not finite": np.all(np.isfinite(batch.rollout_log_probs)),
         "group_ids do not count up from 0": batch.group_ids[0] == 0 and set(np.diff(batch.group_ids)) <= {0, 1},
         "temperature is not a positive number": 0 < batch.temperature < float("inf"),
     }

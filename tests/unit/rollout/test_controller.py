@@ -1,0 +1,266 @@
+import asyncio
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.data.sampler import PromptSampler
+from megatron_fipo.rewards.base import RewardError
+from megatron_fipo.rollout.controller import Admission, NoSignalError, Rollout, RolloutController
+from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters, WeightBucket
+from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.seeding import derive_seed
+from megatron_fipo.types import Prompt, RolloutGroup, Sample
+
+SAMPLING = SamplingParameters(temperature=1.0, top_p=1.0, max_tokens=3, stop_token_ids=(99,))
+STOP = 99
+
+
+class SeedEngine:
+    """Answers every request at once with tokens made from its seed, the last request first."""
+
+    def __init__(self, versions: Sequence[int] = (0,), lose: Collection[int] = (), repeat: bool = False) -> None:
+        self.versions, self.lose, self.repeat = list(versions), set(lose), repeat
+        self.seen: list[GenerationRequest] = []
+        self._queue: list[GenerationRequest] = []
+
+    async def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        self.seen.extend(requests)
+        self._queue.extend(requests)
+
+    async def stream(self) -> AsyncIterator[GenerationResult]:
+        queue, self._queue = self._queue, []
+        for number, request in reversed(list(enumerate(queue))):
+            if number not in self.lose:
+                for _ in range(2 if self.repeat else 1):
+                    yield self._answer(number, request)
+
+    async def abort(self, request_ids: Collection[str]) -> None:
+        self._queue = [request for request in self._queue if request.request_id not in set(request_ids)]
+
+    async def update(self, bucket: WeightBucket) -> None:
+        self.versions = [bucket.policy_version]
+
+    def _answer(self, number: int, request: GenerationRequest) -> GenerationResult:
+        stops = request.seed % 3 > 0
+        tokens = [request.seed % 7, STOP] if stops else [request.seed % 7, 1, 2]
+        return GenerationResult(
+            request_id=request.request_id,
+            token_ids=np.array(tokens, dtype=np.int32),
+            log_probs=np.full(len(tokens), -0.5, dtype=np.float32),
+            finish_reason="stop" if stops else "length",
+            policy_version=self.versions[number % len(self.versions)],
+        )
+
+
+class FirstTokenScorer:
+    """The response's first token, if the prompt wants a reward at all."""
+
+    def score(self, prompt: Prompt, response_text: str, finish_reason: str) -> float:
+        if prompt.answer == "refuse":
+            raise RewardError(prompt.id, "the scorer broke down")
+        return float(response_text.split()[0]) if prompt.answer == "signal" else 0.0
+
+
+def make_prompts(answers: str) -> list[Prompt]:
+    """One prompt a letter: s gets rewards that differ, n gets none, r breaks the scorer."""
+    kinds = {"s": "signal", "n": "none", "r": "refuse"}
+    return [
+        Prompt(id=f"p{place}", token_ids=np.array([place], dtype=np.int32), text="", answer=kinds[letter])
+        for place, letter in enumerate(answers)
+    ]
+
+
+def make_controller(answers: str, engine: SeedEngine | None = None, **config: Any) -> RolloutController:
+    values = {"num_prompts_per_step": 4, "group_size": 4, "max_generation_rounds": 3} | config
+    drop = values.pop("drop", True)
+    prompts = make_prompts(answers)
+    return RolloutController(
+        engine=engine or SeedEngine(),
+        prompts=prompts,
+        sampler=PromptSampler(len(prompts), seed=0, shuffle=False),
+        scorer=FirstTokenScorer(),
+        decode=lambda ids: " ".join(map(str, ids)),
+        config=RolloutConfig(**values),
+        sampling=SAMPLING,
+        drop_zero_variance=drop,
+        seed=5,
+    )
+
+
+def rollout(controller: RolloutController, step: int = 1, policy_version: int = 0) -> Rollout:
+    return asyncio.run(controller.next_rollout(step, policy_version))
+
+
+def ids(groups: Sequence[RolloutGroup]) -> list[str]:
+    return [group.prompt.id for group in groups]
+
+
+def group(name: str, rewards: Sequence[float], versions: Sequence[int] = (3,)) -> RolloutGroup:
+    empty = np.empty(0, dtype=np.int32)
+    return RolloutGroup(
+        prompt=Prompt(id=name, token_ids=empty, text=""),
+        samples=[
+            Sample(
+                prompt_id=name,
+                sample_index=index,
+                response_token_ids=empty,
+                rollout_log_probs=empty.astype(np.float32),
+                finish_reason="stop",
+                policy_version=versions[index % len(versions)],
+                reward=reward,
+            )
+            for index, reward in enumerate(rewards)
+        ],
+    )
+
+
+def test_admission_takes_groups_with_a_signal_until_it_is_full() -> None:
+    admission = Admission(wanted=2, drop_zero_variance=True, policy_lag=0)
+    for name, rewards in [("a", [1, 1]), ("b", [0, 1]), ("c", [0, 0]), ("d", [1, 0]), ("e", [1, 0])]:
+        admission.offer(group(name, rewards), policy_version=3)
+    assert ids(admission.accepted) == ["b", "d"]
+    assert ids(admission.without_signal) == ["a", "c"]
+    assert (admission.missing, admission.num_stale) == (0, 0)
+    assert admission.fill_up() == 0
+    assert ids(admission.accepted) == ["b", "d"]
+
+
+def test_admission_without_dynamic_sampling_takes_every_group() -> None:
+    admission = Admission(wanted=2, drop_zero_variance=False, policy_lag=0)
+    for name, rewards in [("a", [1, 1]), ("b", [0, 1])]:
+        admission.offer(group(name, rewards), policy_version=3)
+    assert ids(admission.accepted) == ["a", "b"]
+    assert admission.without_signal == []
+
+
+def test_a_batch_is_filled_up_with_the_first_groups_that_were_set_aside() -> None:
+    admission = Admission(wanted=4, drop_zero_variance=True, policy_lag=0)
+    for name, rewards in [("a", [1, 1]), ("b", [0, 1]), ("c", [0, 0]), ("d", [1, 1])]:
+        admission.offer(group(name, rewards), policy_version=3)
+    assert admission.missing == 3
+    assert admission.fill_up() == 3
+    assert ids(admission.accepted) == ["b", "a", "c", "d"]
+    short = Admission(wanted=4, drop_zero_variance=True, policy_lag=0)
+    short.offer(group("a", [1, 1]), policy_version=3)
+    assert short.fill_up() == 1
+    assert short.missing == 3
+
+
+@pytest.mark.parametrize(("lag", "accepted"), [(0, ["now"]), (1, ["now", "mixed"]), (2, ["now", "mixed", "old"])])
+def test_a_group_is_as_old_as_its_oldest_sample(lag: int, accepted: list[str]) -> None:
+    admission = Admission(wanted=9, drop_zero_variance=True, policy_lag=lag)
+    for name, versions in [("now", [3, 3]), ("mixed", [3, 2]), ("old", [1, 3]), ("older", [0, 3])]:
+        admission.offer(group(name, [0, 1], versions), policy_version=3)
+    assert ids(admission.accepted) == accepted
+    assert admission.num_stale == 4 - len(accepted)
+
+
+def test_samples_are_the_engines_answers_to_their_own_requests() -> None:
+    engine = SeedEngine(versions=[7])
+    controller = make_controller("ss", engine, num_prompts_per_step=3)
+    groups = rollout(controller, step=4, policy_version=7).groups
+    assert ids(groups) == ["p0", "p1", "p0"], "the third is the next epoch's first"
+    for place, each in enumerate(groups):
+        assert [sample.sample_index for sample in each.samples] == [0, 1, 2, 3]
+        for sample in each.samples:
+            seed = derive_seed(5, "4.0", place, each.prompt.id, sample.sample_index)
+            stops = seed % 3 > 0
+            assert sample.response_token_ids.tolist() == ([seed % 7, STOP] if stops else [seed % 7, 1, 2])
+            assert sample.finish_reason == ("stop" if stops else "length")
+            # The stop token is kept among the tokens and left out of the text.
+            assert sample.response_text == (f"{seed % 7}" if stops else f"{seed % 7} 1 2")
+            assert sample.rollout_log_probs.tolist() == [-0.5] * len(sample.response_token_ids)
+            assert (sample.prompt_id, sample.policy_version) == (each.prompt.id, 7)
+            assert sample.reward == seed % 7
+    assert len({request.seed for request in engine.seen}) == 12, "two draws of one prompt differ"
+    assert all(request.sampling == SAMPLING for request in engine.seen)
+
+
+def test_the_same_step_gives_the_same_rollout() -> None:
+    first, again = (rollout(make_controller("ssss")) for _ in range(2))
+    other = rollout(make_controller("ssss"), step=2)
+    tokens = [
+        [sample.response_token_ids.tolist() for each in one.groups for sample in each.samples]
+        for one in (first, again, other)
+    ]
+    assert tokens[0] == tokens[1]
+    assert tokens[0] != tokens[2]
+
+
+def test_dynamic_sampling_replaces_groups_by_fresh_prompts() -> None:
+    result = rollout(make_controller("snsnnsssss"))
+    assert ids(result.groups) == ["p0", "p2", "p5", "p6"]
+    rewards = [sample.reward for each in result.groups for sample in each.samples]
+    # p0 to p3, then p4 and p5, then p6.
+    assert result.metrics == {
+        "rollout/reward_mean_all": sum(rewards) / 28,
+        "rollout/generation_rounds": 3,
+        "rollout/groups_generated": 7,
+        "rollout/groups_without_signal": 3,
+        "rollout/groups_filled_up": 0,
+        "rollout/groups_stale": 0,
+        "rollout/epoch": 0,
+    }
+
+
+def test_a_round_asks_for_the_missing_groups_alone() -> None:
+    engine = SeedEngine()
+    rollout(make_controller("snsnnsssss", engine))
+    assert [request.prompt_id for request in engine.seen[::4]] == [
+        *("0:p0", "1:p1", "2:p2", "3:p3"),
+        *("0:p4", "1:p5"),
+        "0:p6",
+    ]
+
+
+def test_after_the_last_round_the_batch_is_filled_up() -> None:
+    result = rollout(make_controller("snnnnnnnnnnn", max_generation_rounds=2))
+    assert ids(result.groups) == ["p0", "p1", "p2", "p3"]
+    assert result.metrics["rollout/groups_filled_up"] == 3
+    assert result.metrics["rollout/groups_without_signal"] == 6
+    assert result.metrics["rollout/generation_rounds"] == 2
+
+
+def test_without_dynamic_sampling_one_round_is_enough() -> None:
+    result = rollout(make_controller("nnnn", drop=False))
+    assert ids(result.groups) == ["p0", "p1", "p2", "p3"]
+    assert result.metrics["rollout/generation_rounds"] == 1
+    assert result.metrics["rollout/reward_mean_all"] == 0.0
+
+
+def test_no_signal_in_any_round_ends_the_run_with_the_reason() -> None:
+    with pytest.raises(NoSignalError) as caught:
+        rollout(make_controller("nnnnn"), step=6)
+    assert str(caught.value) == (
+        "step 6: rollout.max_generation_rounds = 3: none of 12 groups had differing rewards (mean reward 0.000); the "
+        "task is too easy or too hard for this model, or the reward is broken: read samples.jsonl, or set "
+        "algorithm.drop_zero_variance_groups to false"
+    )
+
+
+def test_nothing_but_stale_groups_ends_the_run_with_that_reason() -> None:
+    with pytest.raises(RunError) as caught:
+        rollout(make_controller("ssss", SeedEngine(versions=[1])), policy_version=2)
+    assert not isinstance(caught.value, NoSignalError)
+    assert str(caught.value) == (
+        "step 1: rollout.policy_lag = 0: 12 of 12 groups were older than that, and 4 of 4 are missing after 3 rounds; "
+        "allow a greater lag or more rounds"
+    )
+
+
+def test_a_lost_request_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"the engine lost 2 requests, 1:p1#1 first"):
+        rollout(make_controller("ssss", SeedEngine(lose={5, 14})))
+
+
+def test_a_result_that_comes_twice_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"a result for 3:p3#3, which was not asked for"):
+        rollout(make_controller("ssss", SeedEngine(repeat=True)))
+
+
+def test_a_response_that_cannot_be_scored_ends_the_run() -> None:
+    with pytest.raises(RunError, match="reward of a response to p1: the scorer broke down"):
+        rollout(make_controller("srss"))
