@@ -1,5 +1,6 @@
 """What every configuration section is made of: the class decorator, the error, and the check."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import dataclass_transform
@@ -87,3 +88,22 @@ def require(condition: bool, *, field: str, value: object, rule: str, way_out: s
     """
     if not condition:
         raise ConfigError(field, value, rule, way_out)
+
+
+def require_pattern(pattern: str, *, field: str, group_holds: str) -> None:
+    """Raise `ConfigError` unless `pattern` is a regular expression with a group.
+
+    Args:
+        pattern: What was given.
+        field: Name of the field.
+        group_holds: What the group is there for, as in "the answer".
+
+    Raises:
+        ConfigError: The pattern cannot be compiled or has no group.
+    """
+    try:
+        groups, problem = re.compile(pattern).groups, f"must have a group that holds {group_holds}"
+    except re.error as error:
+        groups, problem = 0, f"must be a regular expression ({error})"
+    way_out = f'write the part with {group_holds} in parentheses, such as "#(\\d+)"'
+    require(groups >= 1, field=field, value=pattern, rule=problem, way_out=way_out)

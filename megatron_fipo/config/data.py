@@ -4,7 +4,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_fipo.config.base import config_class, require
+from megatron_fipo.config.base import config_class, require, require_pattern
 
 PROBLEMS_PER_SEED = 2**20
 """Distance between the generator seeds of neighbouring reasoning-gym sets: the largest set without
@@ -60,6 +60,9 @@ class ReasoningGymPrompts:
     parameters: dict[str, Any] = field(default_factory=dict)
     """The task's own parameters, such as min_terms."""
 
+    question_pattern: str | None = None
+    """Regular expression whose first group is the part of the question that is used; null uses all of it."""
+
     question_template: str = "{question}"
     """Text around the question; {question} is replaced."""
 
@@ -72,6 +75,8 @@ class ReasoningGymPrompts:
             rule=f"must lie in [1, {PROBLEMS_PER_SEED}]",
             way_out="give the number of problems",
         )
+        if self.question_pattern is not None:
+            require_pattern(self.question_pattern, field="question_pattern", group_holds="the question")
         require(
             0 <= self.seed <= _LARGEST_SEED,
             field="seed",

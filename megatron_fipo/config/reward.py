@@ -1,9 +1,8 @@
 """How a response is scored."""
 
-import re
 from typing import Literal
 
-from megatron_fipo.config.base import config_class, require
+from megatron_fipo.config.base import config_class, require, require_pattern
 
 
 @config_class
@@ -35,16 +34,4 @@ class RewardConfig:
             way_out="0.99 is a good value",
         )
         if self.answer_pattern is not None:
-            try:
-                groups = re.compile(self.answer_pattern).groups
-            except re.error as error:
-                groups, problem = 0, f"must be a regular expression ({error})"
-            else:
-                problem = "must have a group that holds the answer"
-            require(
-                groups >= 1,
-                field="answer_pattern",
-                value=self.answer_pattern,
-                rule=problem,
-                way_out='write the answer\'s part in parentheses, such as "#(\\d+)"',
-            )
+            require_pattern(self.answer_pattern, field="answer_pattern", group_holds="the answer")

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,6 +72,11 @@ def _read_problem(row: int, problem: dict[str, Any], source: ReasoningGymPrompts
     question, answer = problem["entry"]["question"], problem["entry"]["answer"]
     if not question.strip():
         return BadRow(row, "empty", "the question is blank")
+    if source.question_pattern is not None:
+        found = re.search(source.question_pattern, question)
+        if found is None or found[1] is None:
+            return BadRow(row, "broken", f"question_pattern does not match {question[:80]!r}")
+        question = found[1]
     return Problem(
         row=row,
         prompt=source.question_template.replace("{question}", question),
