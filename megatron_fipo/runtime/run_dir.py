@@ -76,7 +76,8 @@ class RunDirectory:
 
     def _append(self, name: str, objects: Iterable[Mapping[str, Any]]) -> None:
         lines = [json.dumps(_finite(each), ensure_ascii=False, allow_nan=False) + "\n" for each in objects]
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        # Half a surrogate pair, which a JSON file may hold, is written as the JSON escape it was.
+        with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write("".join(lines))
             file.flush()
             os.fsync(file.fileno())

@@ -44,7 +44,7 @@ def report_step(
     if rollout is not None:
         metrics |= rollout.metrics
         run.directory.append_samples(_sample_records(step, rollout.groups, run.config.metrics.samples_per_step))
-    metrics |= _update_metrics(results)
+    metrics |= combine_updates(results)
     if run.actor.train_step is not None and not results:
         metrics |= {"train/updates": batch.num_mini_batches, "train/updates_skipped": batch.num_mini_batches}
     metrics |= evaluation
@@ -67,10 +67,15 @@ def _batch_metrics(batch: TrainBatch) -> dict[str, float]:
     }
 
 
-def _update_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:
-    """Means over a step's updates; the null mini-batch, the first, on its own.
+def combine_updates(results: Sequence[UpdateResult]) -> dict[str, Any]:
+    """A step's metrics from those of its updates.
 
-    An update with nothing to learn from (D = 0) has no loss, so it counts among the skipped alone.
+    Values are means over the updates, but for `_max` and `_min` and for counts, which are summed. An update with
+    nothing to learn from (D = 0) has no loss, so it counts among the skipped alone. `fipo/null_future_kl_std` is of
+    the first update.
+
+    Args:
+        results: The updates in order; none where there was nothing to do.
     """
     if not results:
         return {}

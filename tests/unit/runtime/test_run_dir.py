@@ -1,0 +1,85 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.runtime.run_dir import RunDirectory
+
+TAKEN = "must be a new or empty directory, and it is not; choose another directory or remove this one"
+
+
+def test_a_new_directory_gets_the_configuration(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "a" / "b", "note: π\n")
+    assert (tmp_path / "a" / "b" / "config.yaml").read_bytes() == "note: π\n".encode()
+    assert directory.rollouts == tmp_path / "a" / "b" / "rollouts"
+    assert directory.export == tmp_path / "a" / "b" / "export"
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.yaml"]
+
+
+def test_an_empty_directory_will_do(tmp_path: Path) -> None:
+    RunDirectory.check(tmp_path)
+    RunDirectory.create(tmp_path, "")
+    with pytest.raises(ConfigError, match=r"^output_dir = .*: must be a new or empty directory"):
+        RunDirectory.create(tmp_path, "")
+
+
+def test_checking_makes_nothing(tmp_path: Path) -> None:
+    RunDirectory.check(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["folder", "file"])
+def test_a_path_that_is_taken_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "export").mkdir()
+    (tmp_path / "file").write_text("")
+    path = tmp_path / name
+    with pytest.raises(ConfigError) as caught:
+        RunDirectory.check(path)
+    assert str(caught.value) == f"output_dir = {path}: {TAKEN}"
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "run"
+    with pytest.raises(ConfigError) as caught:
+        RunDirectory.create(path, "")
+    assert str(caught.value) == (
+        f"output_dir = {path}: must be a directory that can be made (Not a directory); choose a directory that this "
+        "user may write to"
+    )
+
+
+def lines(path: Path) -> list[object]:
+    def refuse(constant: str) -> object:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    directory.append_metrics({"step": 1, "a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": None})
+    directory.append_metrics({"step": 2, "by_update": [1.0, math.nan], "deep": {"x": (math.inf, [2])}})
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "a": None, "b": None, "c": None, "d": 0.1, "e": None},
+        {"step": 2, "by_update": [1.0, None], "deep": {"x": [None, [2]]}},
+    ]
+
+
+def test_samples_keep_their_text(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    directory.append_samples([{"response": "zwölf\n≤ 3\u2028"}, {"response": "b"}])
+    directory.append_samples([])
+    directory.append_samples([{"response": "c"}])
+    content = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert "zwölf" in content
+    assert [json.loads(line)["response"] for line in content.split("\n")[:-1]] == ["zwölf\n≤ 3\u2028", "b", "c"]
+
+
+def test_a_prompts_lone_surrogate_is_written(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    directory.append_samples([{"prompt": "a\ud800b"}])
+    assert json.loads((tmp_path / "samples.jsonl").read_text(encoding="utf-8")) == {"prompt": "a\ud800b"}
