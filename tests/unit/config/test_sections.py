@@ -174,6 +174,7 @@ def test_values_at_their_limits_are_accepted(build: Callable[..., Any], values: 
     build(**values)
 
 
+PATTERNS = [(RewardConfig, "answer_pattern", "answer"), (gym, "question_pattern", "question")]
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (run_config, {"num_steps": 0}, "num_steps = 0: must be at least 1; give the number of steps"),
     (
@@ -383,17 +384,23 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         )
         for value in (0.0, 1.1)
     ),
-    (
-        RewardConfig,
-        {"answer_pattern": "#\\d"},
-        "answer_pattern = #\\d: must have a group that holds the answer; write the answer's part in parentheses, such "
-        'as "#(\\d+)"',
+    *(
+        (
+            build,
+            {field: "#\\d"},
+            f"{field} = #\\d: must have a group that holds the {held}; write the part with the {held} in parentheses, "
+            'such as "#(\\d+)"',
+        )
+        for build, field, held in PATTERNS
     ),
-    (
-        RewardConfig,
-        {"answer_pattern": "#(\\d"},
-        "answer_pattern = #(\\d: must be a regular expression (missing ), unterminated subpattern at position 1); "
-        'write the answer\'s part in parentheses, such as "#(\\d+)"',
+    *(
+        (
+            build,
+            {field: "#(\\d"},
+            f"{field} = #(\\d: must be a regular expression (missing ), unterminated subpattern at position 1); write "
+            f'the part with the {held} in parentheses, such as "#(\\d+)"',
+        )
+        for build, field, held in PATTERNS
     ),
     (
         EvaluationConfig,
