@@ -22,8 +22,9 @@ from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.device import uses_transformer_engine
 
-# Log-probabilities [t] float64 with gradient and entropy [t] float64; zero where no response token is predicted.
-Scores = tuple[Tensor, Tensor]
+# "log_probs" [t] float64 with gradient and "entropy" [t] float64; zero where no response token is predicted.
+# A dictionary, because megatron-core asks a model's output for its device and knows tensors and dictionaries alone.
+Scores = dict[str, Tensor]
 LossFunction = Callable[..., Any]
 
 
@@ -96,7 +97,7 @@ class ActorForward:
         """Log-probabilities [t] float64 of every micro-batch, on the last pipeline stage; elsewhere nothing."""
 
         def keep_log_probs(scores: Scores, non_loss_data: bool = True) -> Tensor:
-            return scores[0]
+            return scores["log_probs"]
 
         return self.run(micro_batches, lambda _: keep_log_probs, forward_only=True, collect=True)
 
@@ -145,10 +146,10 @@ class ActorForward:
             recompute_logits=self.model.recompute_logits,
         )
         everywhere = torch.zeros(context.layout.num_local_tokens, dtype=torch.float64, device=log_probs.device)
-        return (
-            everywhere.index_copy(0, positions, log_probs),
-            everywhere.index_copy(0, positions, entropy),
-        )
+        return {
+            "log_probs": everywhere.index_copy(0, positions, log_probs),
+            "entropy": everywhere.index_copy(0, positions, entropy),
+        }
 
     def _full_logits(
         self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any

@@ -118,14 +118,14 @@ class TrainStep:
             assert micro_batch.old_log_probs is not None, "old log-probabilities come before the first update"
             output = policy_loss(
                 LossInputs(
-                    log_probs=scores[0],
+                    log_probs=scores["log_probs"],
                     old_log_probs=micro_batch.old_log_probs,
                     advantages=micro_batch.advantages,
                     response_mask=micro_batch.response_mask,
                     response_lengths=micro_batch.response_lengths,
                     layout=micro_batch.layout,
                     rollout_log_probs=micro_batch.rollout_log_probs,
-                    entropy=scores[1],
+                    entropy=scores["entropy"],
                 ),
                 self.algorithm,
                 group=self.context.cp_group,
