@@ -43,10 +43,15 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             way_out="download or create the model there, or correct the path",
         )
     path = folder / "config.json"
+    rule = "must contain a readable config.json, and it is no JSON object"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
+        if isinstance(config, dict):
+            return config
     except FileNotFoundError:
         rule = "must contain config.json, and it does not"
+    except UnicodeDecodeError:
+        rule = "must contain a readable config.json, and it is not text"
     except json.JSONDecodeError as error:
         rule = f"must contain a readable config.json, and it is not JSON (line {error.lineno}: {error.msg})"
     raise ConfigError(field="model.path", value=str(folder), rule=rule, way_out="fetch the model's files again")
@@ -62,21 +67,29 @@ def check_weights(folder: Path) -> dict[str, list[int]]:
         ConfigError: There are no safetensors, a listed file is missing, or a file is shorter than its header says
             (a download that stopped half-way).
     """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
+    if (folder / INDEX_NAME).is_file():
+        weight_map = _read_weight_map(folder)
         names = sorted(set(weight_map.values()))
     elif (folder / SINGLE_NAME).is_file():
-        weight_map, names = None, [SINGLE_NAME]
+        weight_map, names = {}, [SINGLE_NAME]
     else:
         raise _weights_error(folder, f"must contain {SINGLE_NAME} or {INDEX_NAME}, and it has neither")
     shapes: dict[str, list[int]] = {}
     for name in names:
         shapes.update(_check_file(folder, folder / name))
-    absent = sorted(set(weight_map or ()) - set(shapes))
+    absent = sorted(set(weight_map) - set(shapes))
     if absent:
         raise _weights_error(folder, f"lacks {len(absent)} tensors that its index lists, {absent[0]} first")
     return shapes
+
+
+def _read_weight_map(folder: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        rule = f"has a damaged {INDEX_NAME}: it is no JSON object with a weight_map"
+        raise _weights_error(folder, rule) from error
+    return dict(weight_map)
 
 
 def _check_file(folder: Path, path: Path) -> dict[str, list[int]]:
@@ -88,7 +101,11 @@ def _check_file(folder: Path, path: Path) -> dict[str, list[int]]:
         header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if 8 + header_size > size:
             raise _weights_error(folder, f"has a cut-off weight file: {path.name} ends inside its header")
-        header = json.loads(file.read(header_size))
+        try:
+            header = json.loads(file.read(header_size))
+        except ValueError as error:
+            rule = f"has a damaged weight file: the header of {path.name} is not JSON"
+            raise _weights_error(folder, rule) from error
     header.pop("__metadata__", None)
     needed = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size < needed:
