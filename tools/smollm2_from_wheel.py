@@ -49,6 +49,8 @@ def find_gguf() -> Path:
 
 def convert(source: Path, folder: Path) -> None:
     """Write tokenizer, weights and configurations."""
+    # The dequantising bar of transformers heeds this alone.
+    os.environ["TQDM_DISABLE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils.logging import disable_progress_bar

@@ -37,6 +37,8 @@ PAD, EOS = "<pad>", "<eos>"
 # One problem in this many is held out.
 HELD_OUT_PART = 8
 WARMUP_UPDATES = 40
+# Says what a folder was made from.
+RECORD_NAME = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,13 @@ def main() -> None:
     if is_made(options.output, recipe):
         logger.info("%s is there already", options.output)
         return
-    partial = options.output.with_name(f".{options.output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if options.output.exists() and not (options.output / RECORD_NAME).is_file():
+        sys.exit(f"{options.output}: holds something else; choose another folder or remove it")
+    torch.set_num_threads(1)
+    partial = options.output.with_name(f".{options.output.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     make(recipe, partial)
-    (partial / "recipe.json").write_text(json.dumps(fingerprint(recipe), indent=2) + "\n")
+    (partial / RECORD_NAME).write_text(json.dumps(fingerprint(recipe), indent=2) + "\n")
     shutil.rmtree(options.output, ignore_errors=True)
     os.rename(partial, options.output)
     logger.info("made %s", options.output)
@@ -97,7 +101,7 @@ def fingerprint(recipe: Recipe) -> dict[str, object]:
 
 def is_made(folder: Path, recipe: Recipe) -> bool:
     """Whether the folder was made by this program with this recipe."""
-    record = folder / "recipe.json"
+    record = folder / RECORD_NAME
     return record.is_file() and json.loads(record.read_text()) == fingerprint(recipe)
 
 
