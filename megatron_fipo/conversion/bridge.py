@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.conversion.bridge_import import import_bridge
@@ -49,12 +50,15 @@ class HfBridge:
         self._context_length, self._rope_base = context_length, rope_base
         auto_bridge = import_bridge().AutoBridge
         try:
+            # megatron-bridge would try four times, with pauses, and blame the network.
+            AutoConfig.from_pretrained(folder, local_files_only=True)
             self._bridge = auto_bridge.from_hf_pretrained(str(folder))
         except ValueError as error:
+            names = ", ".join(self.source_config.get("architectures") or ["no architecture is named"])
             raise ConfigError(
                 field="model.path",
                 value=str(folder),
-                rule=f"must be an architecture that megatron-bridge translates ({_first_line(error)})",
+                rule=f"must be an architecture that megatron-bridge translates ({names}: {_first_line(error)})",
                 way_out="choose a supported architecture, such as Qwen2, Qwen3, Qwen3-MoE or Llama",
             ) from error
         self._export_tasks: Any = None

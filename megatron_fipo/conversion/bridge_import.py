@@ -7,7 +7,9 @@ megatron-core is imported before, so that its own checks for Transformer Engine 
 
 import importlib
 import importlib.util
+import os
 import sys
+import tempfile
 import types
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -72,7 +74,12 @@ class _PlaceholderFinder:
 
 
 def import_bridge() -> Any:
-    """The `megatron.bridge` package."""
+    """The `megatron.bridge` package.
+
+    Its lock on a model folder's config.json goes to this machine's temporary folder: the default, the home folder, is
+    often shared by all nodes, and every rank of the job would wait for all others.
+    """
+    os.environ.setdefault("MEGATRON_CONFIG_LOCK_DIR", f"{tempfile.gettempdir()}/megatron_fipo_locks_{os.getuid()}")
     if "megatron.bridge" in sys.modules:
         return sys.modules["megatron.bridge"]
     for settled_first in ("extensions.transformer_engine", "models.gpt.gpt_layer_specs", "optimizer"):

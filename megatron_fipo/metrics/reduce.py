@@ -13,6 +13,7 @@ _OPERATIONS = {
     "max": dist.ReduceOp.MAX,
     "min": dist.ReduceOp.MIN,
 }
+_EXTREME_OF_NOTHING = {"max": -math.inf, "min": math.inf}
 
 
 def reduce_metrics(metrics: Metrics, group: dist.ProcessGroup) -> Metrics:
@@ -49,6 +50,6 @@ def render_metrics(metrics: Metrics) -> dict[str, float]:
         if kind == "mean":
             if count:
                 rendered[key] = total / count
-        elif kind == "sum" or not math.isinf(total):
+        elif total != _EXTREME_OF_NOTHING.get(kind):
             rendered[key] = total
     return rendered

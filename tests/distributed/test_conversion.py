@@ -1,5 +1,7 @@
 """Model folder → actor → the same tensors, bit by bit, whatever the process grid."""
 
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from megatron_fipo.actor.model import unwrap
+from megatron_fipo.config.base import ConfigError
 from megatron_fipo.conversion import bridge as conversion
 from tests.distributed_helpers import run_distributed
 from tests.tiny_actors import bits, folder_tensors, tiny_actor
@@ -162,3 +165,41 @@ def test_exports_in_bfloat16_are_rounded_once(root):
 
 def test_models_have_padding_rows():
     assert VOCAB_SIZE % 2
+
+
+def copy_with_config(source: Path, target: Path, **changes: Any) -> Path:
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "no_such_model", "architectures": ["NoSuchModel"]}, "`no_such_model`"),
+        ({"architectures": ["Qwen2ForTokenClassification"]}, "Qwen2ForTokenClassification"),
+    ],
+    ids=["unknown to transformers", "not a language model"],
+)
+def test_an_unknown_architecture_is_refused(root, tmp_path, changes, named):
+    folder = copy_with_config(root / "qwen2", tmp_path / "model", **changes)
+    with pytest.raises(ConfigError) as caught:
+        conversion.HfBridge(folder)
+    assert str(caught.value).startswith(f"model.path = {folder}: must be an architecture that megatron-bridge")
+    assert named in caught.value.rule
+    assert caught.value.way_out == "choose a supported architecture, such as Qwen2, Qwen3, Qwen3-MoE or Llama"
+
+
+def error_of_loading(folder: Path) -> str:
+    with pytest.raises(ConfigError) as caught, tiny_actor(folder):
+        pass
+    return str(caught.value)
+
+
+def test_a_folder_without_a_needed_tensor_is_refused(root, tmp_path):
+    folder = copy_with_config(root / "qwen2, tied", tmp_path / "model", tie_word_embeddings=False)
+    assert run_distributed(error_of_loading, 1, folder) == [
+        f"model.path = {folder}: lacks 1 tensors that the model needs, lm_head.weight first; "
+        "fetch the model's weight files again, or check config.json (tie_word_embeddings?)"
+    ]
