@@ -17,6 +17,7 @@ from megatron_fipo.config.optimizer import OptimizerConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.conversion.bridge_import import import_bridge
 from megatron_fipo.parallel.context import destroy_parallel_context
 from megatron_fipo.rollout.batch import load_batch
 from megatron_fipo.runtime.logging import quiet_upstream
@@ -30,6 +31,9 @@ from megatron_fipo.trainer.loop import (
 from tests.distributed_helpers import run_distributed
 from tests.recorded_batches import record_batch
 from tests.tiny_models import write_tiny_model
+
+# Ranks are forked: what is imported before, none of them has to import for itself.
+import_bridge()
 
 UPDATES = 8
 # The dual-clip bound is far below the usual 10, so that the drop rule fires.
