@@ -45,11 +45,13 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    from megatron_fipo.config.load import load_config, print_help
+    from megatron_fipo.config.help import help_text
+    from megatron_fipo.config.load import load_config
     from megatron_fipo.config.run import RunConfig
 
     if words and words[0] in ("-h", "--help"):
-        print_help(RunConfig, "megatron-fipo train CONFIG.yaml")
+        print(help_text(RunConfig, "megatron-fipo train CONFIG.yaml [--section.field value ...]"), end="")
+        return 0
     if not words or words[0].startswith("-"):
         print(f"megatron-fipo: train needs a configuration file first\n\n{USAGE}", end="", file=sys.stderr)
         return 2

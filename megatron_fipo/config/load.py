@@ -2,24 +2,30 @@
 
 A file is read into plain mappings, overrides are put into those, and the sections are built from the result
 once. So a field may be missing from the file and come from the command line, and a check that looks at two
-fields sees both final values. Pydantic converts the values, one field at a time; tyro renders the help text.
+fields sees both final values. Pydantic converts the values, one field at a time; tyro shows them on `--help`.
 """
 
 import dataclasses
 import difflib
 import enum
-import functools
-import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeAliasType, Union, cast, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, cast, get_args, get_origin
 
 import pydantic
 import tyro
 import yaml
 
+from megatron_fipo.config.annotations import (
+    container_of,
+    default_of,
+    fields_of,
+    members_of,
+    sections_in,
+    union_of,
+)
 from megatron_fipo.config.base import ABSENT, ConfigError
 
 Keys = tuple[str, ...]
@@ -52,11 +58,6 @@ def load_config[T](cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T
     return config
 
 
-def print_help(cls: type[Any], program: str) -> None:
-    """Print every field of a root section with its documentation, and exit."""
-    tyro.cli(cls, args=["--help"], use_underscores=True, prog=program, config=(tyro.conf.FlagConversionOff,))
-
-
 def dump_config(config: object) -> str:
     """Write a configuration as YAML that `load_config` reads back as an equal one."""
     return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
@@ -64,7 +65,7 @@ def dump_config(config: object) -> str:
 
 def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in _fields(type(value))}
+        return {name: _plain(getattr(value, name)) for name in fields_of(type(value))}
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -160,45 +161,11 @@ def _read_yaml(path: Path) -> object:
     return content
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type itself, with type aliases resolved."""
-    if isinstance(annotation, TypeAliasType):
-        return _members(annotation.__value__)
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(member for part in get_args(annotation) for member in _members(part))
-    return (annotation,)
-
-
-def _sections(annotation: Any) -> list[Any]:
-    return [member for member in _members(annotation) if dataclasses.is_dataclass(member)]
-
-
-def _container_of(annotation: Any) -> tuple[type, Any] | None:
-    """(container, item type) of the tuple, list or mapping among the members, or None."""
-    for member in _members(annotation):
-        origin, items = get_origin(member), get_args(member)
-        if isinstance(origin, type) and issubclass(origin, list | tuple):
-            return origin, _union(item for item in items if item is not Ellipsis)
-        if isinstance(origin, type) and issubclass(origin, Mapping):
-            return dict, items[1]
-    return None
-
-
-def _union(members: Iterable[Any]) -> Any:
-    return functools.reduce(operator.or_, members)
-
-
-def _fields(cls: Any) -> dict[str, tuple[Any, Any]]:
-    """(type, dataclass field) of each field of a section."""
-    hints = get_type_hints(cls)
-    return {field.name: (hints[field.name], field) for field in dataclasses.fields(cls) if field.init}
-
-
 def _variant(sections: Sequence[Any], raw: Mapping[Any, Any], keys: Keys) -> Any:
     """The section that `raw` describes: the only one, or the one that its `type` names."""
     if len(sections) == 1:
         return sections[0]
-    named = {name: cls for cls in sections for name in get_args(_fields(cls)["type"][0])}
+    named = {name: cls for cls in sections for name in get_args(fields_of(cls)["type"][0])}
     name = raw.get("type", ABSENT)
     if isinstance(name, str) and name in named:
         return named[name]
@@ -216,12 +183,12 @@ def _suggest(word: str, known: Iterable[str]) -> str:
 
 
 def _unknown(cls: Any, key: object, value: object, keys: Keys) -> ConfigError:
-    known = _fields(cls)
+    known = fields_of(cls)
     deeper = [
         f"did you mean {'.'.join((*keys, name, inner))}?"
         for name, (annotation, _) in known.items()
-        for section in _sections(annotation)
-        for inner in _fields(section)
+        for section in sections_in(annotation)
+        for inner in fields_of(section)
         if inner == key
     ]
     return ConfigError(
@@ -234,25 +201,25 @@ def _unknown(cls: Any, key: object, value: object, keys: Keys) -> ConfigError:
 
 def _convert(annotation: Any, raw: object, keys: Keys) -> object:
     """Make of a plain value what its field's type asks for."""
-    sections = _sections(annotation)
+    sections = sections_in(annotation)
     if sections and isinstance(raw, Mapping):
         return _build(_variant(sections, raw, keys), raw, keys)
-    others = [member for member in _members(annotation) if member not in sections]
+    others = [member for member in members_of(annotation) if member not in sections]
     if not others:
         rule, way_out = "it must be a section", "write its fields below it, or {} for its defaults"
         raise ConfigError(".".join(keys), raw, rule, way_out)
-    container = _container_of(annotation)
-    if container and _sections(container[1]):
+    container = container_of(annotation)
+    if container and sections_in(container[1]):
         kind, item_type = container
         if kind is dict and isinstance(raw, Mapping):
             return {key: _convert(item_type, item, (*keys, str(key))) for key, item in raw.items()}
         if kind is not dict and isinstance(raw, list):
             return kind(_convert(item_type, item, (*keys, str(place))) for place, item in enumerate(raw))
-    return _convert_leaf(_union(others), raw, keys)
+    return _convert_leaf(union_of(others), raw, keys)
 
 
 def _build(cls: Any, raw: Mapping[Any, Any], keys: Keys) -> object:
-    fields = _fields(cls)
+    fields = fields_of(cls)
     for key, value in raw.items():
         if key not in fields:
             raise _unknown(cls, key, value, keys)
@@ -289,7 +256,7 @@ def _convert_leaf(annotation: Any, raw: object, keys: Keys) -> object:
 
 def _leaf_way_out(annotation: Any, raw: object) -> str:
     choices = [
-        choice for member in _members(annotation) if get_origin(member) is Literal for choice in get_args(member)
+        choice for member in members_of(annotation) if get_origin(member) is Literal for choice in get_args(member)
     ]
     return _suggest(str(raw), map(str, choices)) or f"write {_describe(annotation)}"
 
@@ -307,7 +274,7 @@ _TYPE_WORDS = {
 
 def _describe(annotation: Any) -> str:
     words: list[str] = []
-    for member in _members(annotation):
+    for member in members_of(annotation):
         origin = get_origin(member)
         if origin is Literal:
             words.extend(str(choice) for choice in get_args(member))
@@ -349,7 +316,7 @@ def _override(annotation: Any, raw: object, path: Keys, texts: list[str], keys: 
     """
     if not path:
         return _read_words(annotation, texts, keys)
-    sections, container = _sections(annotation), _container_of(annotation)
+    sections, container = sections_in(annotation), container_of(annotation)
     known = raw if isinstance(raw, Mapping) else {}
     if sections and (raw is known or raw in (ABSENT, None)):
         if len(sections) > 1 and path == ("type",):
@@ -374,7 +341,7 @@ def _override(annotation: Any, raw: object, path: Keys, texts: list[str], keys: 
 def _override_in_section(
     cls: Any, known: Mapping[Any, Any], path: Keys, texts: list[str], keys: Keys
 ) -> dict[Any, Any]:
-    fields = _fields(cls)
+    fields = fields_of(cls)
     key = path[0].replace("-", "_")
     if key not in fields:
         raise _unknown(cls, path[0], " ".join(texts), keys)
@@ -382,20 +349,14 @@ def _override_in_section(
     current = known.get(key, ABSENT)
     # A section that the file leaves out starts from its default, unless another variant of it is chosen.
     if current is ABSENT and path[1:] not in ((), ("type",)):
-        current = _plain(_default_of(field))
+        current = _plain(default_of(field))
     return {**known, key: _override(annotation, current, path[1:], texts, (*keys, key))}
-
-
-def _default_of(field: Any) -> object:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return ABSENT if field.default is dataclasses.MISSING else field.default
 
 
 def _read_words(annotation: Any, texts: list[str], keys: Keys) -> object:
     """Read a value given on the command line: as YAML where that fits the field, else as text."""
     values = [_read_word(annotation, text) for text in texts]
-    container = _container_of(annotation)
+    container = container_of(annotation)
     readings: list[object] = [*values[:1], *texts[:1]] if len(texts) == 1 else []
     if container and container[0] is not dict:
         readings += [values, texts]
@@ -412,7 +373,7 @@ def _read_words(annotation: Any, texts: list[str], keys: Keys) -> object:
 
 
 def _read_word(annotation: Any, text: str) -> object:
-    if text == "None" and NoneType in _members(annotation):
+    if text == "None" and NoneType in members_of(annotation):
         return None
     try:
         value = _parse_yaml(text, "command line")
