@@ -53,9 +53,7 @@ def test_meta_device_context_still_works() -> None:
         assert torch.nn.Linear(2, 2).weight.device.type == "meta"
 
 
-def test_transformers_models_load_with_their_buffers(
-    tmp_path: Path, uninitialised_memory_is_nan: None
-) -> None:
+def test_transformers_models_load_with_their_buffers(tmp_path: Path, uninitialised_memory_is_nan: None) -> None:
     cpu_shims.install()
     model = AutoModelForCausalLM.from_pretrained(write_tiny_model(tmp_path / "model"))
     expected = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
