@@ -7,6 +7,8 @@ engine through `RolloutEngine`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.data.sampler import PromptSampler
 from megatron_fipo.rewards.base import Scorer
@@ -16,7 +18,7 @@ from megatron_fipo.rollout.engine import (
     RolloutEngine,
     SamplingParameters,
 )
-from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
 
@@ -118,7 +120,7 @@ class RolloutController:
 
         Raises:
             NoSignalError: Dynamic sampling found no group with differing rewards in all its rounds.
-            RunError: Too many groups were older than the staleness bound allows, or a response has no score.
+            RunError: Too many groups were older than the staleness bound allows, or see `generate_groups`.
         """
         admission = Admission(self.config.num_prompts_per_step, self.drop_zero_variance, self.config.policy_lag)
         num_generated, rounds = 0, 0
@@ -168,6 +170,10 @@ class RolloutController:
             group_size: Samples of each.
             seed_scope: Part of every sample's seed, beside the run's seed, the prompt and the sample's index.
             sampling: How tokens are drawn.
+
+        Raises:
+            NonFiniteError: The model gave a response without a probability.
+            RewardError: A response has no score.
         """
         requests: dict[str, tuple[int, GenerationRequest]] = {}
         for place, prompt in enumerate(prompts):
@@ -195,6 +201,13 @@ class RolloutController:
         return groups
 
     def _score(self, prompt: Prompt, request: GenerationRequest, result: GenerationResult) -> Sample:
+        if not np.isfinite(result.log_probs).all():
+            place = int(np.argmin(np.isfinite(result.log_probs)))
+            raise NonFiniteError(
+                f"prompt {prompt.id}, sample {request.sample_index}: the log-probability of response token {place} is "
+                f"{result.log_probs[place]}; the engine's weights of policy version {result.policy_version} are "
+                "broken: check the model's files, or lower optimizer.learning_rate"
+            )
         ids = result.token_ids
         shown = ids[:-1] if result.finish_reason == "stop" else ids
         text = self.decode(shown.tolist())

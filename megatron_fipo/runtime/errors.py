@@ -3,3 +3,7 @@
 
 class RunError(RuntimeError):
     """The run cannot go on; the text says where, why, and what to do. Raised on every rank."""
+
+
+class NonFiniteError(RunError):
+    """A log-probability, a loss or a gradient was not finite. The weights are those before it."""

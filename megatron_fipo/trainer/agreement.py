@@ -9,10 +9,11 @@ from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.rewards.base import RewardError
 from megatron_fipo.rollout.batch import RecordedBatchError
 from megatron_fipo.rollout.controller import NoSignalError
-from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.errors import NonFiniteError, RunError
 
 _KNOWN: dict[str, type[ConfigError] | type[RunError]] = {
-    kind.__name__: kind for kind in (ConfigError, RunError, NoSignalError, RecordedBatchError, RewardError)
+    kind.__name__: kind
+    for kind in (ConfigError, RunError, NonFiniteError, NoSignalError, RecordedBatchError, RewardError)
 }
 
 

@@ -11,7 +11,7 @@ from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import compute_device
 from megatron_fipo.rollout.batch import batch_path, build_train_batch, load_recorded, save_batch
 from megatron_fipo.rollout.controller import Rollout
-from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.errors import NonFiniteError
 from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.evaluation import evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done
@@ -20,10 +20,6 @@ from megatron_fipo.trainer.state import Run
 from megatron_fipo.types import TrainBatch
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(RunError):
-    """A loss or gradient was not finite. The update was not applied."""
 
 
 def train(run: Run) -> None:

@@ -5,9 +5,9 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.rewards.base import RewardError
 from megatron_fipo.rollout.batch import RecordedBatchError
 from megatron_fipo.rollout.controller import NoSignalError
-from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
-from megatron_fipo.trainer.loop import NonFiniteError
+from megatron_fipo.trainer.export import ExportError
 from tests.distributed_helpers import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -18,6 +18,7 @@ ERRORS = [
     NoSignalError("nothing to learn"),
     RecordedBatchError("a damaged file"),
     RewardError("p1", "the scorer broke down"),
+    NonFiniteError("no number"),
 ]
 
 
@@ -36,7 +37,7 @@ def fail_on(rank: int, error: Exception) -> int:
 
 def meet_errors() -> list[tuple[str, str]]:
     found = [outcome(lambda error=error: on_every_rank(lambda: fail_on(1, error))) for error in ERRORS]
-    found.append(outcome(lambda: on_every_rank(lambda: fail_on(2, NonFiniteError("not finite")))))
+    found.append(outcome(lambda: on_every_rank(lambda: fail_on(2, ExportError("it differs")))))
     # Several ranks fail at once: each tells its own.
     found.append(outcome(lambda: on_every_rank(lambda: fail_on(dist.get_rank(), RunError(f"of {dist.get_rank()}")))))
     found.append(outcome(lambda: on_main_rank(lambda: fail_on(0, ERRORS[0]))))
@@ -48,10 +49,10 @@ def meet_errors() -> list[tuple[str, str]]:
 def test_an_error_on_one_rank_is_raised_on_all() -> None:
     ranks = run_distributed(meet_errors, 3)
     for rank, found in enumerate(ranks):
-        assert found[:5] == [(type(error).__name__, str(error)) for error in ERRORS]
+        assert found[:6] == [(type(error).__name__, str(error)) for error in ERRORS]
         # A kind that the other ranks do not know reaches them as its text.
-        assert found[5] == ("NonFiniteError" if rank == 2 else "RunError", "not finite")
-        assert found[6] == ("RunError", f"of {rank}")
-        assert found[7] == ("ConfigError", str(ERRORS[0]))
-        assert found[8] == ("result", "0" if rank == 0 else "None"), "other ranks do not act"
-        assert found[9] == ("result", str(10 * rank))
+        assert found[6] == ("ExportError" if rank == 2 else "RunError", "it differs")
+        assert found[7] == ("RunError", f"of {rank}")
+        assert found[8] == ("ConfigError", str(ERRORS[0]))
+        assert found[9] == ("result", "0" if rank == 0 else "None"), "other ranks do not act"
+        assert found[10] == ("result", str(10 * rank))

@@ -293,3 +293,15 @@ def test_all_ranks_end_when_one_meets_an_error(root: Path) -> None:
     # torchrun shows its own traceback, about the ranks that failed; the ranks show none.
     assert err.count("Traceback") == 1
     assert "exitcode  : 1" in err
+
+
+@pytest.mark.distributed
+def test_all_ranks_end_when_one_breaks_down(root: Path) -> None:
+    """Rank 0 cannot write the export, as on a full disk; the other waits for it."""
+    config = write_config(small_run(root, "disk_full"))
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash"]
+    code, _, err = run_command("train", config, prefix=[*limited, *TORCHRUN, *PYTHON], timeout_s=200)
+    assert code == 1
+    assert "rank 0 INFO step 1/1" in err
+    assert "File too large" in err
+    assert not (root / "disk_full" / "export").exists()

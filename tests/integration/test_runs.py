@@ -237,6 +237,14 @@ def poison(root: Path, recording: Path) -> tuple[Path, int]:
     return folder, place
 
 
+def broken_model(root: Path) -> Path:
+    folder = write_tiny_model(root / "broken")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.model.norm.weight.data[7] = math.nan
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def early_ends(root: Path, parallel_runs: dict[str, RunConfig]) -> dict[str, Any]:
     """How each configuration ended, the same on both ranks; and the poisoned sequence."""
@@ -253,6 +261,7 @@ def early_ends(root: Path, parallel_runs: dict[str, RunConfig]) -> dict[str, Any
     configs = [
         small_run(root, "no_signal", data=hopeless),
         small_run(root, "not_finite", **replay, model={"path": poisoned}),
+        small_run(root, "not_finite_rollout", model={"path": broken_model(root)}),
         small_run(root, "damaged_later", **replay | {"recorded_rollouts": damaged}, num_steps=2),
         small_run(root, "damaged_at_once", **replay | {"recorded_rollouts": unreadable}),
         small_run(root, "wrong_export", **replay),
@@ -290,6 +299,17 @@ def test_weights_that_are_not_finite_end_the_run_with_the_place(root: Path, earl
     assert found, text
     assert early_ends["place"] in [int(number) for number in found[1].split(",")]
     assert not (root / "not_finite" / "export").exists()
+
+
+def test_a_model_that_is_not_finite_cannot_generate(root: Path, early_ends: dict[str, Any]) -> None:
+    kind, text = early_ends["not_finite_rollout"].error
+    assert kind == "NonFiniteError"
+    assert re.fullmatch(
+        r"prompt train:\d+, sample 0: the log-probability of response token 0 is nan; the engine's weights of policy "
+        r"version 0 are broken: check the model's files, or lower optimizer\.learning_rate",
+        text,
+    )
+    assert not (root / "not_finite_rollout" / "export").exists()
 
 
 @pytest.mark.parametrize(

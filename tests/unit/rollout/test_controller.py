@@ -10,7 +10,7 @@ from megatron_fipo.data.sampler import PromptSampler
 from megatron_fipo.rewards.base import RewardError
 from megatron_fipo.rollout.controller import Admission, NoSignalError, Rollout, RolloutController
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters, WeightBucket
-from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
 
@@ -21,8 +21,14 @@ STOP = 99
 class SeedEngine:
     """Answers every request at once with tokens made from its seed, the last request first."""
 
-    def __init__(self, versions: Sequence[int] = (0,), lose: Collection[int] = (), repeat: bool = False) -> None:
-        self.versions, self.lose, self.repeat = list(versions), set(lose), repeat
+    def __init__(
+        self,
+        versions: Sequence[int] = (0,),
+        lose: Collection[int] = (),
+        repeat: bool = False,
+        log_prob: float = -0.5,
+    ) -> None:
+        self.versions, self.lose, self.repeat, self.log_prob = list(versions), set(lose), repeat, log_prob
         self.seen: list[GenerationRequest] = []
         self._queue: list[GenerationRequest] = []
 
@@ -49,7 +55,7 @@ class SeedEngine:
         return GenerationResult(
             request_id=request.request_id,
             token_ids=np.array(tokens, dtype=np.int32),
-            log_probs=np.full(len(tokens), -0.5, dtype=np.float32),
+            log_probs=np.array([-0.5, *[self.log_prob] * (len(tokens) - 1)], dtype=np.float32),
             finish_reason="stop" if stops else "length",
             policy_version=self.versions[number % len(self.versions)],
         )
@@ -259,6 +265,17 @@ def test_a_lost_request_is_named() -> None:
 def test_a_result_that_comes_twice_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"a result for 3:p3#3, which was not asked for"):
         rollout(make_controller("ssss", SeedEngine(repeat=True)))
+
+
+@pytest.mark.parametrize("log_prob", [float("nan"), float("-inf")])
+def test_a_response_without_a_probability_ends_the_run(log_prob: float) -> None:
+    with pytest.raises(NonFiniteError) as caught:
+        rollout(make_controller("ssss", SeedEngine(log_prob=log_prob)))
+    # The engine answers the last request first.
+    assert str(caught.value) == (
+        f"prompt p3, sample 3: the log-probability of response token 1 is {log_prob}; the engine's weights of policy "
+        "version 0 are broken: check the model's files, or lower optimizer.learning_rate"
+    )
 
 
 def test_a_response_that_cannot_be_scored_ends_the_run() -> None:
