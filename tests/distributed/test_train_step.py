@@ -87,6 +87,7 @@ SETTINGS: dict[int, dict[str, Setting]] = {
         "qwen3, CP 2": Setting("qwen3", {"context_parallel_size": 2}),
         "qwen3_moe, EP 2": Setting("qwen3_moe", EP),
         "qwen3_moe, TP 2 + SP × EP 2": Setting("qwen3_moe", SP | EP),
+        "qwen3_moe, PP 2, full recomputation": Setting("qwen3_moe", PP | FULL),
         "qwen2, DP 2, bfloat16": Setting(model={"dtype": "bfloat16"}),
         "qwen2, TP 2 + SP, bfloat16": Setting(parallelism=SP, model={"dtype": "bfloat16"}),
     },

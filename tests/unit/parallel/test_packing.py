@@ -37,6 +37,11 @@ def test_packs_are_dealt_so_that_ranks_carry_the_same():
     )  # 150 tokens each
 
 
+def test_ranks_get_as_many_packs_even_when_one_pack_weighs_as_much_as_three():
+    plan = plan_packs([100, 40, 40, 40], [0] * 4, dp_size=2, rules=rules())
+    assert plan == (((Pack((0,), (100,)), Pack((3,), (40,))), (Pack((1,), (40,)), Pack((2,), (40,)))),)
+
+
 def test_mini_batches_are_planned_apart():
     plan = plan_packs([10, 20, 30], [1, 0, 1], dp_size=1, rules=rules())
     assert plan == (((Pack((1,), (20,)),),), ((Pack((0, 2), (10, 30)),),))
