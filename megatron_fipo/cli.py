@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 USAGE = """\
 megatron-fipo train CONFIG.yaml [--section.field value ...]
 
-  train     Run the configuration. Start it with torchrun or srun on several ranks, or plainly on one.
+  train     Run the configuration. Start it with torchrun on several ranks, or plainly on one.
             `--mode rollout_only` records rollouts, `--mode train_only` trains on recorded ones.
 
 `megatron-fipo train --help` lists every field.
@@ -56,8 +56,23 @@ def _run(words: Sequence[str]) -> int:
         print(f"megatron-fipo: train needs a configuration file first\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     config = load_config(RunConfig, Path(words[0]), words[1:])
+    _check_launcher()
     config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
     return _train_on_ranks(config)
+
+
+def _check_launcher() -> None:
+    """Refuse to be one of several Slurm tasks that do not know of each other."""
+    from megatron_fipo.config.base import ConfigError
+
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "WORLD_SIZE" not in os.environ and tasks != "1" and "SLURM_PROCID" in os.environ:
+        raise ConfigError(
+            field="SLURM_NTASKS",
+            value=tasks,
+            rule="several tasks were started without RANK and WORLD_SIZE, so each would be a run of its own",
+            way_out="start one torchrun on each node with srun",
+        )
 
 
 def _train_on_ranks(config: "RunConfig") -> int:
@@ -81,7 +96,7 @@ def _train_on_ranks(config: "RunConfig") -> int:
 
 @contextmanager
 def _process_group() -> Iterator[None]:
-    """Join the ranks that torchrun or srun started, or be the only rank."""
+    """Join the ranks that torchrun started, or be the only rank."""
     import torch
     import torch.distributed as dist
 

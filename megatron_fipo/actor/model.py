@@ -32,6 +32,19 @@ _OWNED_FIELDS = frozenset(field.name for field in dataclasses.fields(Parallelism
     "seq_length",
     "calculate_per_token_loss",
     "variable_seq_lengths",
+    # Old and new log-probabilities come from two passes, which dropout would make differ.
+    "hidden_dropout",
+    "attention_dropout",
+    # The architecture is the model folder's.
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "num_moe_experts",
+    "normalization",
 }
 
 
@@ -73,7 +86,15 @@ def build_provider(
         _use_plain_kernels(provider)
     _apply_overrides(provider, model.transformer_config_overrides)
     provider._pg_collection = context.groups
-    provider.finalize()
+    try:
+        provider.finalize()
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(
+            field="model.transformer_config_overrides",
+            value=model.transformer_config_overrides,
+            rule=f"megatron-core refuses this model with these sizes and overrides ({error})",
+            way_out="change the override or the size that it names",
+        ) from error
     return provider
 
 
@@ -120,7 +141,7 @@ def _check_divisibility(provider: Any, parallelism: ParallelismConfig) -> None:
     tp, pp = parallelism.tensor_model_parallel_size, parallelism.pipeline_model_parallel_size
     groups = provider.num_query_groups or provider.num_attention_heads
     stages = pp * (parallelism.virtual_pipeline_model_parallel_size or 1)
-    experts = provider.num_moe_experts or parallelism.expert_model_parallel_size
+    experts = provider.num_moe_experts or 1
     checks = (
         ("tensor_model_parallel_size", tp, "the model's attention heads", provider.num_attention_heads),
         ("tensor_model_parallel_size", tp, "the model's key-value heads", groups),
@@ -151,8 +172,8 @@ def _apply_overrides(provider: Any, overrides: dict[str, Any]) -> None:
             raise ConfigError(
                 field=dotted,
                 value=value,
-                rule="is set from the run's own sections",
-                way_out="set it under model or parallelism",
+                rule="is set by the run's own sections or by the model folder",
+                way_out="set it under model or parallelism, or leave it out",
             )
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -35,6 +35,7 @@ class UpdateResult:
     Attributes:
         applied: Whether the weights changed.
         skip_reason: Why not, or "".
+        is_finite: Whether loss sum and gradient norm are finite.
         loss: Σ numerators / D; NaN where D is 0.
         denominator: D.
         grad_norm: Global norm before clipping; 0 where D is 0.
@@ -44,6 +45,7 @@ class UpdateResult:
 
     applied: bool
     skip_reason: str
+    is_finite: bool
     loss: float
     denominator: int
     grad_norm: float
@@ -81,7 +83,7 @@ class TrainStep:
     def update(self, micro_batches: Sequence[MicroBatch]) -> UpdateResult:
         """Take one optimizer step; collective over all ranks.
 
-        Nothing changes when no token is left after sequence drops (D = 0), or when loss or gradient is not finite.
+        Nothing changes when no token is left after sequence drops, or when loss or gradient is not finite.
 
         Args:
             micro_batches: This rank's micro-batches of the mini-batch, `old_log_probs` set on the last stage.
@@ -96,7 +98,7 @@ class TrainStep:
         grad_norm, applied, reason = 0.0, False, ""
         if summary["culprit"]:
             reason = f"the loss is {summary['numerator']}, first in {summary['culprit']}"
-        elif denominator == 0:
+        elif summary["kept_tokens"] == 0:
             reason = "no response token is left to learn from (all masked, or every sequence dropped)"
         else:
             outcome = self.optimizer.step()
@@ -106,6 +108,7 @@ class TrainStep:
         return UpdateResult(
             applied=applied,
             skip_reason=reason,
+            is_finite=not summary["culprit"] and math.isfinite(grad_norm),
             loss=loss,
             denominator=denominator,
             grad_norm=grad_norm,
@@ -130,7 +133,8 @@ class TrainStep:
                 self.algorithm,
                 group=self.context.cp_group,
             )
-            report = {"numerator": output.numerator.detach(), "metrics": output.metrics}
+            metrics = output.metrics | {"kept_tokens": Accumulator.sum(output.kept_mask)}
+            report = {"numerator": output.numerator.detach(), "metrics": metrics}
             return output.numerator, output.denominator.int(), report
 
         return loss
@@ -149,7 +153,8 @@ class TrainStep:
             metrics = merge_metrics([part["metrics"] for part in parts])
             metrics["numerator"] = Accumulator.sum(numerators)
             rendered = render_metrics(reduce_metrics(metrics, context.dp_cp_group))
-            summary = {"numerator": rendered.pop("numerator"), "metrics": rendered, "culprit": ""}
+            summary = {key: rendered.pop(key) for key in ("numerator", "kept_tokens")}
+            summary |= {"metrics": rendered, "culprit": ""}
             if not math.isfinite(summary["numerator"]):
                 summary["culprit"] = self._find_culprit(micro_batches, numerators)
         if context.pp_size > 1:

@@ -7,6 +7,7 @@ trainer.
 Shapes: t local tokens of a packed micro-batch, N its sequences, B rows, T columns.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -233,7 +234,7 @@ class PolicyLoss:
         rendered = {}
         for key, accumulator in self.accumulators.items():
             total, count = float(accumulator.total), float(accumulator.count)
-            if count > 0:
+            if count > 0 and not (accumulator.kind in ("max", "min") and math.isinf(total)):
                 rendered[key] = total / count if accumulator.kind == "mean" else total
         return rendered
 
@@ -297,13 +298,23 @@ def _loss_on_rows(
     if log_probs.dim() != 2:
         raise ValueError(f"log_probs.shape = {tuple(log_probs.shape)}: must be [B, T]; add a batch dimension")
     shape = log_probs.shape
+    if tuple(advantages.shape) in ((shape[0],), (shape[0], 1)):
+        advantages = advantages.reshape(-1, 1).expand(shape)
+    given = {
+        "old_log_probs": old_log_probs,
+        "advantages": advantages,
+        "response_mask": response_mask,
+        "rollout_log_probs": rollout_log_probs,
+    }
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}.shape = {tuple(tensor.shape)}: must be {tuple(shape)}, as log_probs; reshape it")
     mask = response_mask.bool()
-    per_token = advantages[:, None].expand(shape) if advantages.dim() == 1 else advantages
     output = policy_loss(
         LossInputs(
             log_probs=log_probs.reshape(-1),
             old_log_probs=old_log_probs.reshape(-1),
-            advantages=per_token.reshape(-1),
+            advantages=advantages.reshape(-1),
             response_mask=mask.reshape(-1),
             response_lengths=mask.sum(dim=1),
             layout=PackLayout((shape[1],) * shape[0]),

@@ -132,6 +132,10 @@ def _parse_yaml(text: str, name: str) -> object:
     loader.name = name
     try:
         return loader.get_single_data()
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(name, "...", f"a tagged value does not fit its tag ({error})", "write it plainly") from error
     finally:
         loader.dispose()
 

@@ -101,6 +101,13 @@ class RunConfig:
             rule="must be at least 2: advantages are relative to the group",
             way_out="8 or 16 are good values",
         )
+        require(
+            (self.model.dtype, self.checkpoint.export_dtype) != ("bfloat16", "float32"),
+            field="checkpoint.export_dtype",
+            value=self.checkpoint.export_dtype,
+            rule='must be "bfloat16" with model.dtype = "bfloat16": the weights that are exported have that precision',
+            way_out='set it to "bfloat16"',
+        )
         if self.data is None:
             require(
                 recorded,

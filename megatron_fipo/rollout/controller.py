@@ -134,10 +134,12 @@ class RolloutController:
             num_generated += len(groups)
             rounds += 1
         if admission.without_signal and not admission.accepted:
+            group = admission.without_signal[-1]
+            shown = f"{group.prompt.text[-80:]!r} was answered {group.samples[0].response_text[:80]!r}"
             raise NoSignalError(
                 f"step {step}: rollout.max_generation_rounds = {self.config.max_generation_rounds}: none of "
                 f"{num_generated} groups had differing rewards (mean reward {sum(rewards) / len(rewards):.3f}); the "
-                "task is too easy or too hard for this model, or the reward is broken: read samples.jsonl, or set "
+                f"task is too easy or too hard for this model, or the reward is broken ({shown}); mend that, or set "
                 "algorithm.drop_zero_variance_groups to false"
             )
         num_filled = admission.fill_up()

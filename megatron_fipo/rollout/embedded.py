@@ -4,6 +4,7 @@ Rank 0 holds the controller and speaks the `RolloutEngine` protocol; `stream` th
 take part: requests go out, every rank decodes its share, results come back. The other ranks wait in `follow`.
 """
 
+import re
 from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_fipo.parallel.collectives import (
@@ -30,6 +32,7 @@ from megatron_fipo.rollout.engine import (
 )
 from megatron_fipo.types import FinishReason
 
+_EXPERT_NAME = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate|up|down)_proj\.weight")
 _FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
 
 
@@ -61,7 +64,7 @@ class EmbeddedEngine:
         self.policy_version = -1
         # Tied weights appear under each of their names; a stream may send either.
         self._weights = self.model.state_dict()
-        self._missing = self._parameter_names()
+        self._missing = self._parameter_sizes()
         self._queue: list[GenerationRequest] = []
         self._aborted: list[GenerationResult] = []
 
@@ -110,20 +113,38 @@ class EmbeddedEngine:
                 never sent.
         """
         for name, tensor in bucket.tensors.items():
-            live = self._weights[name]
+            parameter, live = self._destination(name)
             # Without this, copy_ would repeat a smaller tensor.
             if live.shape != tensor.shape:
                 raise RuntimeError(f"the weight stream has {name} as {list(tensor.shape)}, not {list(live.shape)}")
             live.copy_(tensor)
-            self._missing.discard(name)
+            self._missing[parameter] = self._missing.get(parameter, 0) - live.numel()
         if bucket.is_last:
-            if self._missing:
-                raise RuntimeError(f"the weight stream lacks {len(self._missing)} tensors: {sorted(self._missing)[:3]}")
+            missing = sorted(name for name, count in self._missing.items() if count > 0)
+            if missing:
+                raise RuntimeError(f"the weight stream lacks {len(missing)} tensors: {missing[:3]}")
             self.policy_version = bucket.policy_version
-            self._missing = self._parameter_names()
+            self._missing = self._parameter_sizes()
 
-    def _parameter_names(self) -> set[str]:
-        return {name for name, _ in self.model.named_parameters()}
+    def _parameter_sizes(self) -> dict[str, int]:
+        return {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+
+    def _destination(self, name: str) -> tuple[str, Tensor]:
+        """The parameter that a tensor of the stream belongs to, and the part of it that it fills.
+
+        transformers keeps the matrices of all experts of a layer in two stacked parameters, where the checkpoint has
+        three matrices an expert.
+        """
+        expert = _EXPERT_NAME.fullmatch(name)
+        if name in self._weights or expert is None:
+            return name, self._weights[name]
+        number = int(expert["number"])
+        if expert["matrix"] == "down":
+            parameter = f"{expert['layer']}.down_proj"
+            return parameter, self._weights[parameter][number]
+        parameter = f"{expert['layer']}.gate_up_proj"
+        halves = self._weights[parameter][number].chunk(2)
+        return parameter, halves[0] if expert["matrix"] == "gate" else halves[1]
 
     def serve(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Generate on all ranks; called on rank 0 while the others are in `follow`.

@@ -25,15 +25,27 @@ class RunDirectory:
         """Refuse a path that cannot become a run directory, without touching it.
 
         Raises:
-            ConfigError: It is a file, or a directory that holds something.
+            ConfigError: It is a file, a directory that holds something, or a place that this user may not write to.
         """
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        try:
+            taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+            nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+            writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+        except OSError:
+            taken, writable = False, False
         require(
             not taken,
             field="output_dir",
             value=path,
             rule="must be a new or empty directory, and it is not",
             way_out="choose another directory or remove this one",
+        )
+        require(
+            writable,
+            field="output_dir",
+            value=path,
+            rule="must be a directory that this user may write to",
+            way_out="choose another directory or mend its permissions",
         )
 
     @classmethod
@@ -46,6 +58,7 @@ class RunDirectory:
         cls.check(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 field="output_dir",
@@ -53,7 +66,6 @@ class RunDirectory:
                 rule=f"must be a directory that can be made ({error.strerror})",
                 way_out="choose a directory that this user may write to",
             ) from error
-        (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         return cls(path)
 
     @property

@@ -1,5 +1,6 @@
 """The trained model as a Hugging Face folder, put in place only after its logits matched the actor's."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,9 +107,10 @@ def _compare(folder: Path, sequences: list[Tensor], logits: list[Tensor], run: R
 def _probe_logits(run: Run) -> tuple[list[Tensor], list[Tensor]]:
     """Token ids and the actor's logits of every probe sequence, whole, on the last pipeline stage."""
     batch, context = _probe_batch(run.actor.bridge.vocab_size), run.context
-    plan = plan_packs(
-        batch.sequence_lengths.tolist(), [0] * batch.num_sequences, 1, packing_rules(run.config.parallelism)
-    )
+    rules = packing_rules(run.config.parallelism)
+    # The probe's lengths are its own; the run's budget may be below them.
+    rules = dataclasses.replace(rules, max_tokens=max(rules.max_tokens, sum(_PROBE_LENGTHS) + rules.pack_multiple))
+    plan = plan_packs(batch.sequence_lengths.tolist(), [0] * batch.num_sequences, 1, rules)
     packs = plan[0][0]
     micro_batches = [build_micro_batch(batch, pack, context, compute_device()) for pack in packs]
     sequences: list[Tensor] = []

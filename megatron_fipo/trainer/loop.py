@@ -1,7 +1,6 @@
 """The training loop. Every rank runs it; rank 0 also drives the rollouts and writes the files."""
 
 import logging
-import math
 from collections.abc import Sequence
 
 from megatron_fipo.actor.micro_batch import MicroBatch
@@ -115,7 +114,7 @@ def update_policy(run: Run, step: int, micro_batches: Sequence[Sequence[MicroBat
             if result.applied:
                 continue
             where = f"step {step}, update {number + 1} of {len(micro_batches)}"
-            if result.denominator and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            if not result.is_finite:
                 raise NonFiniteError(f"{where}: {result.skip_reason}; the update was not applied")
             if run.is_main:
                 logger.warning("%s was skipped: %s", where, result.skip_reason)

@@ -38,14 +38,19 @@ REFUSED: dict[int, dict[str, Refused]] = {
             {},
             {"transformer_config_overrides": {"zzz": 1}},
         ),
-        f"{OVERRIDES}.sequence_parallel = True: is set from the run's own sections; "
-        "set it under model or parallelism": (
-            "qwen2",
-            {},
-            {"transformer_config_overrides": {"sequence_parallel": True}},
-        ),
+        **{
+            f"{OVERRIDES}.{name} = {value}: is set by the run's own sections or by the model folder; "
+            "set it under model or parallelism, or leave it out": (
+                "qwen2",
+                {},
+                {"transformer_config_overrides": {name: value}},
+            )
+            for name, value in {"sequence_parallel": True, "num_layers": 2, "attention_dropout": 0.1}.items()
+        },
     },
     2: {
+        "parallelism.expert_model_parallel_size = 2: must divide the model's experts: 1 / 2 is not a whole number; "
+        "choose a divisor of 1": ("qwen2", {"expert_model_parallel_size": 2}, {}),
         "parallelism.pipeline_model_parallel_size = 2: must divide the model's layers: 4 / 6 is not a whole number "
         "(pipeline × virtual stages); choose a divisor of 4": (
             "qwen2",

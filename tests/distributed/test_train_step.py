@@ -250,6 +250,26 @@ def live_bits(actor: TinyActor) -> Tensor:
     return torch.cat([bits(parameter) for chunk in actor.chunks for parameter in chunk.parameters()])
 
 
+def drop_everything(root: Path) -> tuple[UpdateResult, bool]:
+    """An update in which every sequence is dropped, under averaging whose count includes dropped sequences."""
+    official = FipoConfig.preset("official-32b", updates_per_rollout=3)
+    with tiny_actor(root / "qwen2", {"max_tokens_per_micro_batch": 64}) as actor:
+        train_step, micro_batches = prepare(actor, REFUSALS["all dropped"], official)
+        for micro_batch in micro_batches[1]:
+            assert micro_batch.old_log_probs is not None
+            micro_batch.old_log_probs -= 5.0
+        before = live_bits(actor)
+        return train_step.update(micro_batches[1]), torch.equal(live_bits(actor), before)
+
+
+def test_official_averaging_does_not_step_when_everything_is_dropped(root):
+    ((result, unchanged),) = run_distributed(drop_everything, 1, root)
+    assert result.denominator > 0
+    assert not result.applied
+    assert "no response token is left" in result.skip_reason
+    assert unchanged
+
+
 def refuse(root: Path, parallelism: dict[str, Any], names: list[str]) -> dict[str, Refusal]:
     """Run the spoilt update, then the whole one."""
     refusals = {}

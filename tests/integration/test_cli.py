@@ -247,6 +247,16 @@ def test_a_run_that_stops_says_why_and_ends_with_1(root: Path, tmp_path: Path) -
     )
 
 
+def test_slurm_tasks_that_do_not_know_of_each_other_are_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    code, _, err = call_in_child(tmp_path, "train", write_config(small_run(root, "slurm")))
+    assert code == 2
+    assert err.startswith("megatron-fipo: SLURM_NTASKS = 4: several tasks were started without RANK and WORLD_SIZE")
+
+
 def test_a_run_ends_with_0(root: Path, tmp_path: Path) -> None:
     config = write_config(small_run(root, "done"))
     code, _, err = call_in_child(tmp_path, "train", config, "--num_steps=2", "--checkpoint.export_at_end", "false")

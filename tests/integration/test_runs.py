@@ -413,6 +413,8 @@ def single_runs(root: Path) -> dict[str, Ended]:
             checkpoint={"export_dtype": "bfloat16"},
             data=prompts(root, held_out="train"),
         ),
+        # As small a token budget as the run's own sequences allow, far below the export's probe.
+        small_run(root, "small_budget", parallelism={"max_tokens_per_micro_batch": 32}),
     ]
     (ends,) = run_distributed(run_in_turn, 1, configs)
     return {config.output_dir.name: ended for config, ended in zip(configs, ends, strict=True)}
@@ -428,6 +430,11 @@ def test_equal_rewards_everywhere_change_nothing_and_are_said(root: Path, single
         assert "train/loss" not in line
     before, after = weights(root / "model"), weights(root / "equal_rewards" / "export")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_token_budget_below_the_probe_does_not_lose_the_export(root: Path, single_runs: dict[str, Ended]) -> None:
+    assert single_runs["small_budget"].error == ()
+    assert (root / "small_budget" / "export" / "model.safetensors").is_file()
 
 
 def test_a_bfloat16_run_exports_what_it_trained(root: Path, single_runs: dict[str, Ended]) -> None:

@@ -469,3 +469,8 @@ def test_help_shows_field_docstrings_and_the_files_values(load, capsys):
     assert "--method.speed INT How fast, in steps per second. (default: 5)" in shown
     assert "--name STR What the run is called. (default: given)" in shown
     assert "--method.patience_s" not in shown
+
+
+def test_a_value_that_does_not_fit_its_yaml_tag_is_refused(load):
+    with pytest.raises(ConfigError, match="does not fit its tag"):
+        load("steps: !!int abc")

@@ -242,7 +242,7 @@ def test_no_signal_in_any_round_ends_the_run_with_the_reason() -> None:
         rollout(make_controller("nnnnn"), step=6)
     assert str(caught.value) == (
         "step 6: rollout.max_generation_rounds = 3: none of 12 groups had differing rewards (mean reward 0.000); the "
-        "task is too easy or too hard for this model, or the reward is broken: read samples.jsonl, or set "
+        "task is too easy or too hard for this model, or the reward is broken ('' was answered '5'); mend that, or set "
         "algorithm.drop_zero_variance_groups to false"
     )
 

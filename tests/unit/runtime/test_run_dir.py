@@ -47,8 +47,8 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         RunDirectory.create(path, "")
     assert str(caught.value) == (
-        f"output_dir = {path}: must be a directory that can be made (Not a directory); choose a directory that this "
-        "user may write to"
+        f"output_dir = {path}: must be a directory that this user may write to; choose another directory or mend its "
+        "permissions"
     )
 
 
