@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_fipo.cli import main
 from megatron_fipo.config.load import dump_config
@@ -164,6 +165,8 @@ def call_main(words: list[str], out: Path, err: Path) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
+    # Threads that the parent's OpenMP has started do not exist here.
+    torch.set_num_threads(1)
     code = main(words)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,8 +8,8 @@ from megatron_fipo.trainer.reporting import combine_updates
 
 
 def update(loss: float, metrics: dict[str, float] | None = None, **values: Any) -> UpdateResult:
-    fields = {"applied": True, "skip_reason": "", "denominator": 10, "grad_norm": 2 * loss, "learning_rate": loss / 10}
-    return UpdateResult(loss=loss, metrics=metrics or {}, **(fields | values))
+    fields = {"applied": True, "skip_reason": "", "is_finite": True, "denominator": 10, "grad_norm": 2 * loss}
+    return UpdateResult(loss=loss, metrics=metrics or {}, learning_rate=loss / 10, **(fields | values))
 
 
 SKIPPED = {"applied": False, "skip_reason": "nothing left", "denominator": 0, "grad_norm": 0.0}
