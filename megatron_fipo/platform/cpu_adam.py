@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 
 
 class CpuFusedAdam(torch.optim.Optimizer):
@@ -17,11 +19,14 @@ class CpuFusedAdam(torch.optim.Optimizer):
     Args:
         params: Parameters or parameter groups, float32.
         lr: Learning rate.
-        bias_correction: Divide the moments by 1 − βᵗ.
+        bias_correction: Divide the moments by 1 − βᵗ; must be true.
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
         adam_w_mode: True for decoupled weight decay, false to add the decay to the gradient.
         weight_decay: Decay coefficient.
+
+    Raises:
+        ValueError: `bias_correction` is false.
     """
 
     def __init__(
@@ -35,6 +40,8 @@ class CpuFusedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         **_unused: Any,
     ) -> None:
+        if not bias_correction:
+            raise ValueError("bias_correction = False: PyTorch's kernel always corrects; leave it on")
         defaults = {
             "lr": lr,
             "bias_correction": bias_correction,
@@ -55,29 +62,28 @@ class CpuFusedAdam(torch.optim.Optimizer):
                 self._update(group, parameters)
 
     def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        step = group["step"]
-        correction1 = 1.0 - beta1**step if group["bias_correction"] else 1.0
-        correction2 = 1.0 - beta2**step if group["bias_correction"] else 1.0
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
                 self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-        gradients: Any = [parameter.grad for parameter in parameters]
-        first = [self.state[parameter]["exp_avg"] for parameter in parameters]
-        second = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
-        if group["weight_decay"]:
-            if self.adam_w_mode:
-                torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
-            else:
-                gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-        torch._foreach_lerp_(first, gradients, 1.0 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, value=1.0 - beta2)
-        denominator = torch._foreach_div(second, correction2)
-        torch._foreach_sqrt_(denominator)
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(parameters, first, denominator, value=-group["lr"] / correction1)
+        rule = adamw if self.adam_w_mode else adam
+        # The fused kernel makes no copy of anything; it wants a step count for each parameter.
+        rule(
+            parameters,
+            [gradient for parameter in parameters if (gradient := parameter.grad) is not None],
+            [self.state[parameter]["exp_avg"] for parameter in parameters],
+            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            [],
+            [torch.tensor(group["step"] - 1.0) for _ in parameters],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def install() -> None:

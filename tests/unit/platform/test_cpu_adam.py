@@ -41,11 +41,9 @@ def test_one_step_by_hand():
     assert parameter.item() == pytest.approx(1.9 + 0.1)
 
 
-def test_without_bias_correction():
-    parameter = torch.nn.Parameter(torch.tensor([0.0]))
-    parameter.grad = torch.tensor([4.0])
-    CpuFusedAdam([parameter], lr=1.0, bias_correction=False, betas=(0.5, 0.75), eps=0.0).step()
-    assert parameter.item() == pytest.approx(-(0.5 * 4.0) / (0.25 * 16.0) ** 0.5)
+def test_leaving_bias_correction_out_is_refused():
+    with pytest.raises(ValueError, match="bias_correction = False"):
+        CpuFusedAdam(parameters(), bias_correction=False)
 
 
 def test_the_step_count_belongs_to_the_group():
