@@ -199,7 +199,7 @@ def build_ours(options: argparse.Namespace, batch: Any) -> tuple[Any, float]:
     provider = build_provider(bridge, model, parallelism, context)
     chunks = build_model(provider, bridge, parallelism, context)
     forward = ActorForward(chunks, provider, model, context, bridge.vocab_size, 1.0)
-    optimizer = ActorOptimizer(chunks, OptimizerConfig(warmup_steps=0), parallelism, provider.bf16)
+    optimizer = ActorOptimizer(chunks, OptimizerConfig(warmup_steps=0), provider.bf16)
     step = TrainStep(forward, optimizer, DapoConfig(), context)
     micro_batches = shard_micro_batches(batch, packing_rules(parallelism), context, compute_device())[0]
     for micro_batch, log_probs in zip(micro_batches, forward.log_probs(micro_batches), strict=True):

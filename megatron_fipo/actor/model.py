@@ -201,7 +201,7 @@ def build_model(
     if provider.bf16:
         chunks = [Float16Module(provider, chunk) for chunk in chunks]
     ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=parallelism.use_distributed_optimizer,
+        use_distributed_optimizer=shards_optimizer(parallelism, context),
         overlap_grad_reduce=parallelism.overlap_grad_reduce,
         grad_reduce_in_fp32=True,
     )
@@ -209,6 +209,14 @@ def build_model(
         DistributedDataParallel(config=provider, ddp_config=ddp_config, module=chunk, disable_bucketing=(number > 0))
         for number, chunk in enumerate(chunks)
     ]
+
+
+def shards_optimizer(parallelism: ParallelismConfig, context: ParallelContext) -> bool:
+    """Whether optimizer state is sharded: as configured, where there is more than one rank to shard it over.
+
+    On one rank megatron-core would still reduce-scatter the gradient, which costs gloo a copy of it.
+    """
+    return parallelism.use_distributed_optimizer and context.dp_cp_group.size() > 1
 
 
 def _virtual_stages(context: ParallelContext) -> list[int | None]:

@@ -13,7 +13,6 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_fipo.config.optimizer import OptimizerConfig
-from megatron_fipo.config.parallelism import ParallelismConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,11 +34,10 @@ class ActorOptimizer:
     Args:
         chunks: Model chunks wrapped for data parallelism.
         config: Optimizer settings.
-        parallelism: Whether optimizer state is sharded.
         bf16: Whether the chunks are bfloat16, with float32 main weights.
     """
 
-    def __init__(self, chunks: list[Any], config: OptimizerConfig, parallelism: ParallelismConfig, bf16: bool) -> None:
+    def __init__(self, chunks: list[Any], config: OptimizerConfig, bf16: bool) -> None:
         self.chunks = chunks
         self.config = config
         self.optimizer = get_megatron_optimizer(
@@ -53,7 +51,7 @@ class ActorOptimizer:
                 adam_eps=config.adam_eps,
                 clip_grad=config.max_grad_norm,
                 bf16=bf16,
-                use_distributed_optimizer=parallelism.use_distributed_optimizer,
+                use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
             ),
             chunks,
         )

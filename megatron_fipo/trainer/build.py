@@ -172,7 +172,7 @@ def _build_actor(config: RunConfig, bridge: HfBridge, context: ParallelContext) 
     forward = ActorForward(chunks, provider, config.model, context, bridge.vocab_size, config.rollout.temperature)
     train_step = None
     if config.mode != "rollout_only":
-        optimizer = ActorOptimizer(chunks, config.optimizer, config.parallelism, provider.bf16)
+        optimizer = ActorOptimizer(chunks, config.optimizer, provider.bf16)
         train_step = TrainStep(forward, optimizer, config.algorithm, context)
     _log_size(context, chunks)
     return Actor(bridge=bridge, chunks=chunks, forward=forward, train_step=train_step)

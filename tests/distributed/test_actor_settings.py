@@ -126,7 +126,7 @@ def rates(root: Path) -> dict[str, list[float]]:
 
 def optimizer_of(actor: TinyActor, settings: dict[str, Any]) -> ActorOptimizer:
     config = OptimizerConfig(**{"learning_rate": 8e-4, "warmup_steps": 0, "weight_decay": 0.0, **settings})
-    return ActorOptimizer(actor.chunks, config, actor.parallelism, bf16=False)
+    return ActorOptimizer(actor.chunks, config, bf16=False)
 
 
 def test_the_learning_rate_follows_its_schedule(root):

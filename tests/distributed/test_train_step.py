@@ -112,7 +112,7 @@ def prepare(
     actor: TinyActor, batch: TrainBatch, algorithm: FipoConfig | DapoConfig = FIPO
 ) -> tuple[TrainStep, list[list[MicroBatch]]]:
     """What runs the updates, and the micro-batches of each with their old log-probabilities."""
-    optimizer = ActorOptimizer(actor.chunks, OPTIMIZER, actor.parallelism, actor.provider.bf16)
+    optimizer = ActorOptimizer(actor.chunks, OPTIMIZER, actor.provider.bf16)
     train_step = TrainStep(actor.forward, optimizer, algorithm, actor.context)
     micro_batches = shard_micro_batches(
         batch if actor.context.rank == 0 else None, packing_rules(actor.parallelism), actor.context, compute_device()
