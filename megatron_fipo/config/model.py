@@ -25,7 +25,7 @@ class ModelConfig:
     """Base of the rotary embedding; null keeps the model's own. Carried into every export."""
 
     log_prob_chunk_tokens: int = 1024
-    """Tokens whose logits are turned to float32 at a time."""
+    """Rows that one product with the output matrix covers; float32 temporaries are smaller than that."""
 
     recompute_logits: bool = False
     """Compute logits again in the backward pass instead of keeping one copy in compute precision."""
