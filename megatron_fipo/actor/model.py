@@ -19,9 +19,7 @@ from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.parallel.context import ParallelContext
-from megatron_fipo.platform.device import compute_device, uses_cuda, uses_transformer_engine
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from megatron_fipo.platform.device import DTYPES, compute_device, uses_cuda, uses_transformer_engine
 
 # Fields that belong to the run's own configuration, not to transformer_config_overrides.
 _OWNED_FIELDS = frozenset(field.name for field in dataclasses.fields(ParallelismConfig)) | {
@@ -67,7 +65,7 @@ def build_provider(
     """
     provider = bridge.provider()
     _check_divisibility(provider, parallelism)
-    dtype = _DTYPES[model.dtype]
+    dtype = DTYPES[model.dtype]
     provider.params_dtype = provider.pipeline_dtype = dtype
     provider.autocast_dtype = dtype
     provider.bf16, provider.fp16 = dtype == torch.bfloat16, False

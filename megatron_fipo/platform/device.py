@@ -6,6 +6,9 @@ import resource
 
 import torch
 
+# Precisions by the names that configurations use.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def uses_cuda() -> bool:
     """Whether ranks compute on CUDA devices."""

@@ -6,6 +6,7 @@ take part: requests go out, every rank decodes its share, results come back. The
 
 import re
 from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,16 +177,7 @@ class EmbeddedEngine:
         for rank in range(1, dist.get_world_size()):
             results += _unpack_results(receive_arrays(rank))
         names = [request.request_id for request in requests]
-        return [
-            GenerationResult(
-                request_id=name,
-                token_ids=result.token_ids,
-                log_probs=result.log_probs,
-                finish_reason=result.finish_reason,
-                policy_version=result.policy_version,
-            )
-            for name, result in zip(names, results, strict=True)
-        ]
+        return [replace(result, request_id=name) for name, result in zip(names, results, strict=True)]
 
     def _share(self, requests: list[GenerationRequest]) -> list[GenerationRequest]:
         """This rank's part: consecutive requests, so that a prompt's samples mostly stay together."""
@@ -210,16 +202,7 @@ def _sampling_runs(requests: Sequence[GenerationRequest]) -> list[tuple[int, int
 
 
 def _sampling_groups(requests: Sequence[GenerationRequest]) -> list[dict[str, Any]]:
-    return [
-        {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            "greedy": sampling.greedy,
-        }
-        for sampling in (requests[start].sampling for start, _ in _sampling_runs(requests))
-    ]
+    return [asdict(requests[start].sampling) for start, _ in _sampling_runs(requests)]
 
 
 def _pack_requests(requests: Sequence[GenerationRequest]) -> Arrays:

@@ -20,6 +20,7 @@ from megatron_fipo.data.prompts import count_shared, load_prompts
 from megatron_fipo.data.sampler import PromptSampler
 from megatron_fipo.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_fipo.parallel.context import ParallelContext, build_parallel_context
+from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rewards.registry import build_scorer, check_prompts
 from megatron_fipo.rollout.batch import batch_path, load_recorded
 from megatron_fipo.rollout.controller import RolloutController
@@ -33,8 +34,6 @@ from megatron_fipo.types import Prompt
 from megatron_fipo.weight_sync.in_process import InProcessSync
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_run(config: RunConfig) -> Run:
@@ -56,10 +55,11 @@ def build_run(config: RunConfig) -> Run:
         logger.info("effective algorithm:\n%s", effective_algorithm(config.algorithm))
     rollout = None
     if generates:
+        dtype = DTYPES[config.model.dtype]
         engine = EmbeddedEngine(
-            bridge.export_config(_DTYPES[config.model.dtype]),
+            bridge.export_config(dtype),
             config.model.path,
-            _DTYPES[config.model.dtype],
+            dtype,
             config.rollout.max_batch_sequences,
         )
         sync = InProcessSync(bridge, unwrap(actor.chunks), engine, config.weight_sync)

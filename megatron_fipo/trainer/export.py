@@ -20,14 +20,13 @@ from megatron_fipo.actor.shard import packing_rules
 from megatron_fipo.conversion.hf_folder import HfFolderWriter
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.parallel.packing import plan_packs
-from megatron_fipo.platform.device import compute_device
+from megatron_fipo.platform.device import DTYPES, compute_device
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.trainer.state import Run
 from megatron_fipo.types import TrainBatch
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Largest difference of any logit, float32 against float32.
 FLOAT32_TOLERANCE = 1e-4
 # ‖a − b‖ / ‖b‖ where the actor computes in bfloat16.
@@ -48,7 +47,7 @@ def export_when_done(run: Run) -> None:
     config = run.config.checkpoint
     if not config.export_at_end or run.actor.train_step is None:
         return
-    dtype = _DTYPES[config.export_dtype]
+    dtype = DTYPES[config.export_dtype]
     with run.timer.phase("export"):
         writer, partial = _write(run, dtype)
         if config.verify_export:
