@@ -1,12 +1,13 @@
 """Run a function on several ranks over gloo, from one forked parent that has already imported everything."""
 
+import contextlib
 import io
 import multiprocessing
 import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,17 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         pipes: list[Connection] = []
         processes = []
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
+            here, there = context.Pipe()
             process = context.Process(
-                target=_rank_main, args=(rank, world_size, Path(folder) / "store", sender, function, args)
+                target=_rank_main, args=(rank, world_size, Path(folder) / "store", there, function, args)
             )
             process.start()
-            sender.close()
-            pipes.append(receiver)
+            there.close()
+            pipes.append(here)
             processes.append(process)
         try:
             outcomes = _collect(pipes, time.monotonic() + timeout_s)
+            _dismiss(pipe for rank, pipe in enumerate(pipes) if outcomes.get(rank, (False,))[0])
         finally:
             for process in processes:
                 process.join(timeout=1.0)
@@ -70,11 +72,18 @@ def _collect(pipes: list[Connection], deadline: float) -> dict[int, tuple[bool, 
     return outcomes
 
 
+def _dismiss(pipes: Iterable[Connection]) -> None:
+    """Let ranks that have reported leave: one that left earlier would close its connections under slower ranks."""
+    for pipe in pipes:
+        with contextlib.suppress(BrokenPipeError):
+            pipe.send(None)
+
+
 def _rank_main(
     rank: int,
     world_size: int,
     store: Path,
-    sender: Connection,
+    parent: Connection,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -85,10 +94,11 @@ def _rank_main(
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
         buffer = io.BytesIO()
         torch.save(function(*args), buffer)
-        sender.send((True, buffer.getvalue()))
+        parent.send((True, buffer.getvalue()))
+        parent.recv()
     except BaseException:
-        sender.send((False, traceback.format_exc()))
+        parent.send((False, traceback.format_exc()))
         status = 1
     finally:
-        sender.close()
+        parent.close()
         os._exit(status)
