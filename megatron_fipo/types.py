@@ -31,6 +31,7 @@ class Prompt:
         token_ids: [P] int32.
         text: The text the tokens came from, for logs.
         answer: Reference answer, where the reward needs one.
+        source: Name of the source it comes from; metrics are told apart by it.
         metadata: What the source's own scorer needs (a reasoning-gym entry, for one).
     """
 
@@ -38,6 +39,7 @@ class Prompt:
     token_ids: IntArray
     text: str
     answer: str | None = None
+    source: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -53,7 +55,10 @@ class Sample:
         finish_reason: "stop" (stop token), "length" (token limit) or "abort".
         policy_version: Version of the weights that produced it.
         response_text: Decoded response, stop token left out.
-        reward: Scalar reward, set once scored.
+        reward: What the policy is trained on, shaping included; set once scored.
+        score: The verdict on the answer alone, before weights and shaping; set once scored.
+        reward_terms: Every named term of the reward, weighted; they add up to `reward`.
+        answer: The answer found in the response, where the reward looks for one.
     """
 
     prompt_id: str
@@ -64,6 +69,9 @@ class Sample:
     policy_version: int
     response_text: str = ""
     reward: float = float("nan")
+    score: float = float("nan")
+    reward_terms: Mapping[str, float] = field(default_factory=dict)
+    answer: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
