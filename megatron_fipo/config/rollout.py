@@ -35,7 +35,15 @@ class RolloutConfig:
     """Weight versions that generation may be behind training; 0 is synchronous."""
 
     max_generation_rounds: int = 10
-    """With dynamic sampling: rounds of new prompts for one batch before the run stops with the reason."""
+    """With dynamic sampling: rounds of new prompts for one batch. After the last one the batch is filled up with groups
+    without a signal; where none has a signal, the run stops with the reason."""
+
+    over_sampling: float = 1.0
+    """Prompts drawn in each round, as a multiple of the groups that are missing. More than 1 spares rounds where many
+    groups have no signal; groups beyond a full batch are surplus."""
+
+    carry_over_max_lag: int = 0
+    """Weight versions that surplus groups may be behind when a later batch begins with them; 0 discards surplus."""
 
     max_batch_sequences: int = 256
     """Sequences that the embedded engine decodes at once on each rank."""
@@ -51,6 +59,20 @@ class RolloutConfig:
         ):
             value = getattr(self, field)
             require(value >= 1, field=field, value=value, rule="must be at least 1", way_out="set it to 1 or more")
+        require(
+            1 <= self.over_sampling <= 16,
+            field="over_sampling",
+            value=self.over_sampling,
+            rule="must lie in [1, 16]",
+            way_out="1 draws as many prompts as are missing",
+        )
+        require(
+            self.carry_over_max_lag >= 0,
+            field="carry_over_max_lag",
+            value=self.carry_over_max_lag,
+            rule="must not be negative",
+            way_out="0 discards surplus groups",
+        )
         require(
             0 < self.temperature < math.inf,
             field="temperature",

@@ -4,6 +4,7 @@ It owns the prompt sampler, the requests in flight, rewards, dynamic sampling an
 engine through `RolloutEngine`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ import numpy as np
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.data.sampler import PromptSampler
 from megatron_fipo.rewards.base import Scorer
+from megatron_fipo.rollout.admission import Admission, NoSignalError
 from megatron_fipo.rollout.engine import (
     GenerationRequest,
     GenerationResult,
@@ -24,52 +26,6 @@ from megatron_fipo.types import Prompt, RolloutGroup, Sample
 
 # Token ids of a response to its text, the stop token left out.
 Decode = Callable[[Sequence[int]], str]
-
-
-class NoSignalError(RunError):
-    """Every round of prompts gave groups whose rewards do not differ: there is nothing to learn from."""
-
-
-@dataclass(slots=True)
-class Admission:
-    """Which finished groups a batch takes, and how many it still needs.
-
-    Attributes:
-        wanted: Groups of a full batch.
-        drop_zero_variance: Dynamic sampling: groups whose rewards are all equal are set aside.
-        policy_lag: Weight versions that a group may be behind.
-        accepted: Groups of the batch, in order of admission.
-        without_signal: Groups set aside by dynamic sampling.
-        num_stale: Groups refused for their age.
-    """
-
-    wanted: int
-    drop_zero_variance: bool
-    policy_lag: int
-    accepted: list[RolloutGroup] = field(default_factory=list)
-    without_signal: list[RolloutGroup] = field(default_factory=list)
-    num_stale: int = 0
-
-    @property
-    def missing(self) -> int:
-        """Groups still needed."""
-        return self.wanted - len(self.accepted)
-
-    def offer(self, group: RolloutGroup, policy_version: int) -> None:
-        """Take or set aside a scored group, as seen from the trainer's current version."""
-        oldest = min(sample.policy_version for sample in group.samples)
-        if policy_version - oldest > self.policy_lag:
-            self.num_stale += 1
-        elif self.drop_zero_variance and not group.has_signal:
-            self.without_signal.append(group)
-        elif self.missing:
-            self.accepted.append(group)
-
-    def fill_up(self) -> int:
-        """Complete the batch with groups that were set aside; returns how many it took."""
-        count = min(self.missing, len(self.without_signal))
-        self.accepted += self.without_signal[:count]
-        return count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +55,8 @@ class RolloutController:
         sampling: How tokens are drawn.
         drop_zero_variance: Dynamic sampling.
         seed: Seed of all draws.
+        surplus: Groups with a signal that the last batch had no room for; the next one begins with them, within
+            `rollout.carry_over_max_lag`.
     """
 
     engine: RolloutEngine
@@ -110,6 +68,7 @@ class RolloutController:
     sampling: SamplingParameters
     drop_zero_variance: bool
     seed: int
+    surplus: list[RolloutGroup] = field(default_factory=list)
 
     async def next_rollout(self, step: int, policy_version: int) -> Rollout:
         """Generate, score and filter until the batch is full.
@@ -120,20 +79,37 @@ class RolloutController:
 
         Raises:
             NoSignalError: Dynamic sampling found no group with differing rewards in all its rounds.
-            RunError: Too many groups were older than the staleness bound allows, or see `generate_groups`.
+            RunError: Too many groups were too old or had no rewards, or see `generate_groups`.
         """
         admission = Admission(self.config.num_prompts_per_step, self.drop_zero_variance, self.config.policy_lag)
+        admission.carry_in(self.surplus, policy_version, self.config.carry_over_max_lag)
         num_generated, rounds = 0, 0
         rewards: list[float] = []
         while admission.missing and rounds < self.config.max_generation_rounds:
-            prompts = [self.prompts[index] for index in self.sampler.next_indices(admission.missing)]
+            count = math.ceil(admission.missing * self.config.over_sampling)
+            prompts = [self.prompts[index] for index in self.sampler.next_indices(count)]
             groups = await self.generate_groups(prompts, self.config.group_size, f"{step}.{rounds}", self.sampling)
             for group in groups:
                 rewards += [sample.reward for sample in group.samples]
                 admission.offer(group, policy_version)
             num_generated += len(groups)
             rounds += 1
+        counters = {
+            "rollout/generation_rounds": rounds,
+            "rollout/groups_generated": num_generated,
+            **admission.counters(),
+            "rollout/groups_filled_up": self._fill_up(step, admission, num_generated),
+            "rollout/epoch": self.sampler.epoch,
+        }
+        if rewards:
+            counters["rollout/reward_mean_all"] = sum(rewards) / len(rewards)
+        self.surplus = admission.surplus if self.config.carry_over_max_lag else []
+        return Rollout(groups=admission.accepted, metrics=counters)
+
+    def _fill_up(self, step: int, admission: Admission, num_generated: int) -> int:
+        """Complete the batch after the last round; returns how many groups it took from those without a signal."""
         if admission.without_signal and not admission.accepted:
+            rewards = [sample.reward for group in admission.without_signal for sample in group.samples]
             group = admission.without_signal[-1]
             shown = f"{group.prompt.text[-80:]!r} was answered {group.samples[0].response_text[:80]!r}"
             raise NoSignalError(
@@ -145,22 +121,12 @@ class RolloutController:
         num_filled = admission.fill_up()
         if admission.missing:
             raise RunError(
-                f"step {step}: rollout.policy_lag = {self.config.policy_lag}: {admission.num_stale} of {num_generated} "
-                f"groups were older than that, and {admission.missing} of {admission.wanted} are missing after "
-                f"{rounds} rounds; allow a greater lag or more rounds"
+                f"step {step}: {admission.missing} of {admission.wanted} groups are missing after "
+                f"{self.config.max_generation_rounds} rounds of {num_generated} groups: {admission.num_stale} were "
+                f"older than rollout.policy_lag = {self.config.policy_lag} allows, {admission.num_incomplete} had "
+                "fewer than two responses with a reward; allow a greater lag or more rounds, or mend the reward"
             )
-        return Rollout(
-            groups=admission.accepted,
-            metrics={
-                "rollout/reward_mean_all": sum(rewards) / len(rewards),
-                "rollout/generation_rounds": rounds,
-                "rollout/groups_generated": num_generated,
-                "rollout/groups_without_signal": len(admission.without_signal),
-                "rollout/groups_filled_up": num_filled,
-                "rollout/groups_stale": admission.num_stale,
-                "rollout/epoch": self.sampler.epoch,
-            },
-        )
+        return num_filled
 
     async def generate_groups(
         self, prompts: Sequence[Prompt], group_size: int, seed_scope: str, sampling: SamplingParameters

@@ -294,6 +294,16 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (RolloutConfig, {"policy_lag": -1}, "policy_lag = -1: must not be negative; 0 is synchronous"),
     (
         RolloutConfig,
+        {"over_sampling": 0.5},
+        "over_sampling = 0.5: must lie in [1, 16]; 1 draws as many prompts as are missing",
+    ),
+    (
+        RolloutConfig,
+        {"carry_over_max_lag": -1},
+        "carry_over_max_lag = -1: must not be negative; 0 discards surplus groups",
+    ),
+    (
+        RolloutConfig,
         {"policy_lag": 1},
         "policy_lag = 1: must be 0 with the embedded engine, which shares the trainer's processes; set it to 0",
     ),

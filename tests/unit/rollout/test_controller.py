@@ -8,7 +8,8 @@ import pytest
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.data.sampler import PromptSampler
 from megatron_fipo.rewards.base import RewardError
-from megatron_fipo.rollout.controller import Admission, NoSignalError, Rollout, RolloutController
+from megatron_fipo.rollout.admission import Admission, NoSignalError
+from megatron_fipo.rollout.controller import Rollout, RolloutController
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters, WeightBucket
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.runtime.seeding import derive_seed
@@ -206,8 +207,12 @@ def test_dynamic_sampling_replaces_groups_by_fresh_prompts() -> None:
         "rollout/generation_rounds": 3,
         "rollout/groups_generated": 7,
         "rollout/groups_without_signal": 3,
+        "rollout/groups_all_right": 0,
         "rollout/groups_filled_up": 0,
         "rollout/groups_stale": 0,
+        "rollout/groups_incomplete": 0,
+        "rollout/groups_carried_in": 0,
+        "rollout/groups_surplus": 0,
         "rollout/epoch": 0,
     }
 
@@ -220,6 +225,68 @@ def test_a_round_asks_for_the_missing_groups_alone() -> None:
         *("0:p4", "1:p5"),
         "0:p6",
     ]
+
+
+def test_over_sampling_spares_rounds_and_leaves_a_surplus() -> None:
+    result = rollout(make_controller("snsnnsssss", over_sampling=2.0))
+    assert ids(result.groups) == ["p0", "p2", "p5", "p6"]
+    assert result.metrics["rollout/generation_rounds"] == 1
+    assert result.metrics["rollout/groups_generated"] == 8
+    assert result.metrics["rollout/groups_surplus"] == 1
+
+
+def test_surplus_is_discarded_unless_it_may_be_carried_over() -> None:
+    controller = make_controller("ssssssssss", over_sampling=1.5)
+    rollout(controller)
+    assert controller.surplus == []
+    assert ids(rollout(controller, step=2).groups) == ["p6", "p7", "p8", "p9"]
+
+
+def test_a_batch_begins_with_the_surplus_of_the_one_before() -> None:
+    engine = SeedEngine(versions=[0])
+    controller = make_controller("s" * 20, engine, over_sampling=1.5, carry_over_max_lag=1)
+    first = rollout(controller)
+    assert (ids(first.groups), ids(controller.surplus)) == (["p0", "p1", "p2", "p3"], ["p4", "p5"])
+    engine.versions = [1]
+    second = rollout(controller, step=2, policy_version=1)
+    assert ids(second.groups) == ["p4", "p5", "p6", "p7"]
+    assert [each.samples[0].policy_version for each in second.groups] == [0, 0, 1, 1]
+    assert second.metrics["rollout/groups_carried_in"] == 2
+    assert second.metrics["rollout/groups_generated"] == 3
+    assert ids(controller.surplus) == ["p8"]
+    # Two versions later the surplus is too old.
+    engine.versions = [3]
+    third = rollout(controller, step=4, policy_version=3)
+    assert ids(third.groups) == ["p9", "p10", "p11", "p12"]
+    assert third.metrics["rollout/groups_stale"] == 1
+
+
+def test_a_surplus_that_fills_the_batch_needs_no_generation() -> None:
+    controller = make_controller("s" * 20, over_sampling=3.0, carry_over_max_lag=2)
+    rollout(controller)
+    second = rollout(controller, step=2, policy_version=1)
+    assert ids(second.groups) == ["p4", "p5", "p6", "p7"]
+    assert second.metrics["rollout/generation_rounds"] == 0
+    assert "rollout/reward_mean_all" not in second.metrics
+    assert ids(controller.surplus) == ["p8", "p9", "p10", "p11"]
+
+
+def test_a_group_of_one_is_refused() -> None:
+    admission = Admission(wanted=2, drop_zero_variance=False, policy_lag=0)
+    admission.offer(group("a", [1]), policy_version=3)
+    admission.offer(group("b", []), policy_version=3)
+    assert (admission.missing, admission.num_incomplete) == (2, 2)
+
+
+def test_groups_without_signal_are_told_apart_by_their_scores() -> None:
+    admission = Admission(wanted=2, drop_zero_variance=True, policy_lag=0)
+    for name, score in [("right", 1.0), ("wrong", 0.0)]:
+        each = group(name, [1, 1])
+        for sample in each.samples:
+            sample.score = score
+        admission.offer(each, policy_version=3)
+    assert admission.counters()["rollout/groups_without_signal"] == 2
+    assert admission.counters()["rollout/groups_all_right"] == 1
 
 
 def test_after_the_last_round_the_batch_is_filled_up() -> None:
@@ -252,8 +319,8 @@ def test_nothing_but_stale_groups_ends_the_run_with_that_reason() -> None:
         rollout(make_controller("ssss", SeedEngine(versions=[1])), policy_version=2)
     assert not isinstance(caught.value, NoSignalError)
     assert str(caught.value) == (
-        "step 1: rollout.policy_lag = 0: 12 of 12 groups were older than that, and 4 of 4 are missing after 3 rounds; "
-        "allow a greater lag or more rounds"
+        "step 1: 4 of 4 groups are missing after 3 rounds of 12 groups: 12 were older than rollout.policy_lag = 0 "
+        "allows, 0 had fewer than two responses with a reward; allow a greater lag or more rounds, or mend the reward"
     )
 
 
