@@ -94,7 +94,7 @@ class RolloutController:
                 admission.offer(group, policy_version)
             num_generated += len(groups)
             rounds += 1
-        counters = {
+        counters: dict[str, float] = {
             "rollout/generation_rounds": rounds,
             "rollout/groups_generated": num_generated,
             **admission.counters(),
