@@ -2,6 +2,7 @@ import time
 
 import pytest
 
+from megatron_fipo.runtime.progress import NoProgress
 from megatron_fipo.runtime.timing import PhaseTimer
 
 
@@ -27,3 +28,30 @@ def test_a_phase_that_fails_is_counted() -> None:
     with pytest.raises(ValueError, match="inside"), timer.phase("update"):
         raise ValueError("inside")
     assert timer.drain()["time/update_s"] >= 0
+
+
+class Listener(NoProgress):
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, float | None]] = []
+
+    def begin_phase(self, name: str) -> None:
+        self.heard.append((name, None))
+
+    def end_phase(self, name: str, seconds: float) -> None:
+        self.heard.append((name, seconds))
+
+
+def test_every_phase_is_told_as_it_begins_and_ends_a_failing_one_too() -> None:
+    listener = Listener()
+    timer = PhaseTimer(listener)
+    with timer.phase("rollout"):
+        assert listener.heard == [("rollout", None)]
+    with pytest.raises(ValueError, match="inside"), timer.phase("update"):
+        raise ValueError("inside")
+    times = timer.drain()
+    assert listener.heard == [
+        ("rollout", None),
+        ("rollout", times["time/rollout_s"]),
+        ("update", None),
+        ("update", times["time/update_s"]),
+    ]
