@@ -21,6 +21,7 @@ from megatron_fipo.rollout.engine import (
     SamplingParameters,
 )
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
+from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
 
@@ -57,6 +58,7 @@ class RolloutController:
         seed: Seed of all draws.
         surplus: Groups with a signal that the last batch had no room for; the next one begins with them, within
             `rollout.carry_over_max_lag`.
+        progress: Told of every response.
     """
 
     engine: RolloutEngine
@@ -69,6 +71,7 @@ class RolloutController:
     drop_zero_variance: bool
     seed: int
     surplus: list[RolloutGroup] = field(default_factory=list)
+    progress: Progress = NO_PROGRESS
 
     async def next_rollout(self, step: int, policy_version: int) -> Rollout:
         """Generate, score and filter until the batch is full.
@@ -155,13 +158,18 @@ class RolloutController:
                     sampling=sampling,
                 )
                 requests[request.request_id] = (place, request)
+        total = len(requests)
+        self.progress.advance(0, total)
         await self.engine.submit([request for _, request in requests.values()])
         groups = [RolloutGroup(prompt=prompt, samples=[]) for prompt in prompts]
         async for result in self.engine.stream():
             if result.request_id not in requests:
                 raise RuntimeError(f"the engine gave a result for {result.request_id}, which was not asked for")
             place, request = requests.pop(result.request_id)
-            groups[place].samples.append(self._score(prompts[place], request, result))
+            sample = self._score(prompts[place], request, result)
+            groups[place].samples.append(sample)
+            self.progress.show_response(prompts[place].text, sample.response_text, sample.reward)
+            self.progress.advance(total - len(requests), total)
         if requests:
             raise RuntimeError(f"the engine lost {len(requests)} requests, {next(iter(requests))} first")
         for group in groups:

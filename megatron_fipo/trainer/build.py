@@ -26,8 +26,10 @@ from megatron_fipo.rollout.batch import batch_path, load_recorded
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters
+from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.seeding import derive_seed
+from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.state import Actor, RolloutSide, Run
 from megatron_fipo.types import Prompt
@@ -36,8 +38,12 @@ from megatron_fipo.weight_sync.in_process import InProcessSync
 logger = logging.getLogger(__name__)
 
 
-def build_run(config: RunConfig) -> Run:
+def build_run(config: RunConfig, progress: Progress = NO_PROGRESS) -> Run:
     """Check the inputs, then build everything; collective over all ranks, after the process group has started.
+
+    Args:
+        config: The run.
+        progress: Watches it; nothing but `NO_PROGRESS` on ranks other than 0.
 
     Raises:
         ConfigError: An input cannot be used; raised on every rank, before the model is built.
@@ -63,7 +69,7 @@ def build_run(config: RunConfig) -> Run:
             config.rollout.max_batch_sequences,
         )
         sync = InProcessSync(bridge, unwrap(actor.chunks), engine, config.weight_sync)
-        controller, evaluation_prompts = make_controller(engine) if make_controller else (None, ())
+        controller, evaluation_prompts = make_controller(engine, progress) if make_controller else (None, ())
         rollout = RolloutSide(
             engine=engine, weight_sync=sync, controller=controller, evaluation_prompts=evaluation_prompts
         )
@@ -74,12 +80,14 @@ def build_run(config: RunConfig) -> Run:
         rollout=rollout,
         directory=directory,
         recorded=recorded or (),
+        timer=PhaseTimer(progress),
+        progress=progress,
     )
 
 
 def _prepare_generation(
     config: RunConfig, bridge: HfBridge
-) -> Callable[[RolloutEngine], tuple[RolloutController, Sequence[Prompt]]]:
+) -> Callable[[RolloutEngine, Progress], tuple[RolloutController, Sequence[Prompt]]]:
     """Load tokenizer and prompts; returns what makes the controller and the held-out prompts for an engine."""
     data = config.data
     assert data is not None, "RunConfig demands prompts of every mode that generates"
@@ -100,7 +108,7 @@ def _prepare_generation(
         stop_token_ids=stop_token_ids(config.model.path, tokenizer, config.rollout.stop_token_ids),
     )
 
-    def make(engine: RolloutEngine) -> tuple[RolloutController, Sequence[Prompt]]:
+    def make(engine: RolloutEngine, progress: Progress) -> tuple[RolloutController, Sequence[Prompt]]:
         controller = RolloutController(
             engine=engine,
             prompts=train,
@@ -111,6 +119,7 @@ def _prepare_generation(
             sampling=sampling,
             drop_zero_variance=config.algorithm.drop_zero_variance_groups,
             seed=config.seed,
+            progress=progress,
         )
         return controller, held_out
 

@@ -28,9 +28,11 @@ def train(run: Run) -> None:
         RunError: There is nothing to learn from, a response could not be scored, a recording is damaged, a loss or
             gradient was not finite, or the export differs from the actor; raised on every rank.
     """
+    run.progress.begin_run(run.config.output_dir, run.config.num_steps)
     sync_weights(run)
     report_start(run, evaluate_when_due(run, step=0))
     for step in range(1, run.config.num_steps + 1):
+        run.progress.begin_step(step)
         rollout = collect_rollout(run, step)
         batch = assemble_batch(run, step, rollout)
         micro_batches = distribute_batch(run, batch)
@@ -87,10 +89,11 @@ def distribute_batch(run: Run, batch: TrainBatch | None) -> list[list[MicroBatch
 def compute_old_log_probs(run: Run, micro_batches: Sequence[Sequence[MicroBatch]]) -> None:
     """Log-probabilities under the weights before the first update, on the packs that the updates use."""
     with run.timer.phase("old_log_probs"):
-        for mini_batch in micro_batches:
+        for number, mini_batch in enumerate(micro_batches):
             scores = run.actor.forward.log_probs(mini_batch)
             for micro_batch, log_probs in zip(mini_batch, scores, strict=False):
                 micro_batch.old_log_probs = log_probs
+            run.progress.advance(number + 1, len(micro_batches))
 
 
 def update_policy(run: Run, step: int, micro_batches: Sequence[Sequence[MicroBatch]]) -> list[UpdateResult]:
@@ -111,6 +114,7 @@ def update_policy(run: Run, step: int, micro_batches: Sequence[Sequence[MicroBat
         for number, mini_batch in enumerate(micro_batches):
             result = train_step.update(mini_batch)
             results.append(result)
+            run.progress.advance(number + 1, len(micro_batches))
             if result.applied:
                 continue
             where = f"step {step}, update {number + 1} of {len(micro_batches)}"

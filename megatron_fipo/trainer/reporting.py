@@ -23,7 +23,9 @@ def report_start(run: Run, evaluation: Mapping[str, float]) -> None:
     """Write the line of step 0: the evaluation before training."""
     times = run.timer.drain()
     if run.directory is not None:
-        run.directory.append_metrics({"step": 0, **evaluation, **times})
+        metrics = {"step": 0, **evaluation, **times}
+        run.directory.append_metrics(metrics)
+        run.progress.end_step(0, metrics)
         _log_evaluation(0, evaluation)
 
 
@@ -51,6 +53,7 @@ def report_step(
     metrics |= times
     metrics |= _throughput(batch, times)
     run.directory.append_metrics(metrics)
+    run.progress.end_step(step, metrics)
     _log_step(run, metrics)
     _log_evaluation(step, evaluation)
 

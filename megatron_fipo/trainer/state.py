@@ -14,6 +14,7 @@ from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.agreement import on_every_rank
@@ -95,6 +96,7 @@ class Run:
         recorded: Recorded batches, one per step, in train-only runs.
         policy_version: Version of the actor's weights: how many steps have been applied.
         timer: Phase times of the current step.
+        progress: Watches the run, on rank 0 alone.
     """
 
     config: RunConfig
@@ -105,6 +107,7 @@ class Run:
     recorded: Sequence[Path] = ()
     policy_version: int = 0
     timer: PhaseTimer = field(default_factory=PhaseTimer)
+    progress: Progress = NO_PROGRESS
 
     @property
     def is_main(self) -> bool:

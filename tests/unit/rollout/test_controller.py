@@ -12,6 +12,7 @@ from megatron_fipo.rollout.admission import Admission, NoSignalError
 from megatron_fipo.rollout.controller import Rollout, RolloutController
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters, WeightBucket
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
+from megatron_fipo.runtime.progress import NoProgress
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
 
@@ -348,3 +349,28 @@ def test_a_response_without_a_probability_ends_the_run(log_prob: float) -> None:
 def test_a_response_that_cannot_be_scored_ends_the_run() -> None:
     with pytest.raises(RunError, match="reward of a response to p1: the scorer broke down"):
         rollout(make_controller("srss"))
+
+
+class Listener(NoProgress):
+    def __init__(self) -> None:
+        self.counts: list[tuple[int, int]] = []
+        self.responses: list[tuple[str, str, float]] = []
+
+    def advance(self, done: int, total: int) -> None:
+        self.counts.append((done, total))
+
+    def show_response(self, prompt: str, response: str, reward: float) -> None:
+        self.responses.append((prompt, response, reward))
+
+
+def test_a_watcher_hears_of_every_response_and_of_each_rounds_number() -> None:
+    listener = Listener()
+    controller = make_controller("snssss", num_prompts_per_step=2, group_size=2)
+    controller.progress = listener
+    batch = rollout(controller)
+    totals = [total for done, total in listener.counts if done == 0]
+    assert len(totals) == batch.metrics["rollout/generation_rounds"] > 1
+    assert listener.counts == [(done, total) for total in totals for done in range(total + 1)]
+    assert len(listener.responses) == sum(totals) == 2 * batch.metrics["rollout/groups_generated"]
+    sample = batch.groups[0].samples[0]
+    assert ("", sample.response_text, sample.reward) in listener.responses
