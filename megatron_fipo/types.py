@@ -3,6 +3,7 @@
 The losses use the metrics and promise to need torch alone, so NumPy is imported only where an array is made.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -146,6 +147,7 @@ class TrainBatch:
 
 
 ReductionKind = Literal["mean", "sum", "max", "min"]
+_EXTREME_OF_NOTHING = {"max": -math.inf, "min": math.inf}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,12 @@ class Accumulator:
         """Mean of `values` where `mask` (same shape, bool) is true."""
         selected = torch.where(mask, values.detach().double(), 0.0)
         return cls("mean", selected.sum(), mask.sum().double())
+
+    @classmethod
+    def ratio(cls, numerators: Tensor, denominators: Tensor, mask: Tensor) -> "Accumulator":
+        """Σ `numerators` / Σ `denominators` where `mask` is true; rendered as a "mean"."""
+        parts = [torch.where(mask, each.detach().double(), 0.0).sum() for each in (numerators, denominators)]
+        return cls("mean", parts[0], parts[1])
 
     @classmethod
     def sum(cls, values: Tensor) -> "Accumulator":
@@ -203,7 +211,62 @@ class Accumulator:
         return Accumulator(self.kind, self.total + other.total, count)
 
 
-Metrics = dict[str, Accumulator]
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Values whose quantiles are wanted; merges exactly over micro-batches and ranks.
+
+    The quantile at level q of n values is the ⌈q·n⌉-th smallest (nearest rank), so it is one of the values and the same
+    however they are cut. A NaN does not count.
+
+    Attributes:
+        parts: [n] float32 each, NaN where a value does not count.
+        levels: Wanted quantiles, in thousandths.
+    """
+
+    parts: tuple[Tensor, ...]
+    levels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, values: Tensor, mask: Tensor, levels: tuple[int, ...]) -> "Distribution":
+        """Quantiles of `values`, rounded to float32, where `mask` (same shape, bool) is true; −0 counts as 0."""
+        return cls((torch.where(mask, values.detach().float() + 0.0, math.nan).reshape(-1),), levels)
+
+    def merge(self, other: "Distribution") -> "Distribution":
+        """The values of both parts together."""
+        if self.levels != other.levels:
+            raise ValueError(f"levels = {other.levels}: cannot merge into {self.levels}")
+        return Distribution(self.parts + other.parts, self.levels)
+
+    def accumulators(self, name: str, quantiles: Tensor, count: Tensor) -> dict[str, Accumulator]:
+        """Computed quantiles ([levels]) of `count` values under the names that they are reported by."""
+        counted = (count > 0).double()
+        return {
+            f"{name}_{quantile_suffix(level)}": Accumulator(
+                "mean", torch.where(count > 0, value.double(), 0.0), counted
+            )
+            for level, value in zip(self.levels, quantiles, strict=True)
+        }
+
+    def local_accumulators(self, name: str) -> dict[str, Accumulator]:
+        """Quantiles of this part alone."""
+        values = torch.cat([*self.parts, self.parts[0].new_full((1,), math.nan)]).sort().values
+        count = values.numel() - values.isnan().sum()
+        levels = torch.tensor(self.levels, device=values.device)
+        return self.accumulators(name, values[nearest_rank(levels, count)], count)
+
+
+def nearest_rank(levels: Tensor, counts: Tensor) -> Tensor:
+    """Places from 0, in ascending order of `counts` values, of the quantiles at `levels` thousandths; 0 of nothing."""
+    return ((levels * counts + 999) // 1000 - 1).clamp(min=0)
+
+
+def quantile_suffix(level: int) -> str:
+    """Ending of the name of the quantile at `level` thousandths: "p50", "p995", "p01"."""
+    digits = f"{level:03d}".rstrip("0")
+    return f"p{digits:0<2}"
+
+
+Metrics = dict[str, Accumulator | Distribution]
 
 
 def merge_metrics(parts: list[Metrics]) -> Metrics:
@@ -211,5 +274,25 @@ def merge_metrics(parts: list[Metrics]) -> Metrics:
     merged: Metrics = {}
     for part in parts:
         for key, value in part.items():
-            merged[key] = merged[key].merge(value) if key in merged else value
+            merged[key] = merged[key].merge(value) if key in merged else value  # type: ignore[arg-type]
     return merged
+
+
+def render_metrics(metrics: Mapping[str, Accumulator | Distribution]) -> dict[str, float]:
+    """Numbers of all metrics that have one, fetched at once; what is taken over nothing is left out."""
+    scalars: dict[str, Accumulator] = {}
+    for key, value in metrics.items():
+        scalars |= value.local_accumulators(key) if isinstance(value, Distribution) else {key: value}
+    keys = sorted(scalars)
+    if not keys:
+        return {}
+    values = torch.stack([torch.stack([scalars[key].total, scalars[key].count]) for key in keys]).tolist()
+    rendered = {}
+    for key, (total, count) in zip(keys, values, strict=True):
+        kind = scalars[key].kind
+        if kind == "mean":
+            if count:
+                rendered[key] = total / count
+        elif total != _EXTREME_OF_NOTHING.get(kind):
+            rendered[key] = total
+    return rendered

@@ -22,10 +22,10 @@ from megatron_fipo.actor.micro_batch import MicroBatch
 from megatron_fipo.actor.optimizer import ActorOptimizer
 from megatron_fipo.algorithms.losses import LossInputs, policy_loss
 from megatron_fipo.config.algorithm import AlgorithmConfig
-from megatron_fipo.metrics.reduce import reduce_metrics, render_metrics
+from megatron_fipo.metrics.reduce import reduce_metrics
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.parallel.context import ParallelContext
-from megatron_fipo.types import Accumulator, merge_metrics
+from megatron_fipo.types import Accumulator, merge_metrics, render_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

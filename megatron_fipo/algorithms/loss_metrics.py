@@ -51,7 +51,7 @@ def policy_metrics(terms: PolicyTerms, config: AlgorithmConfig) -> Metrics:
     mask = terms.mask
     high = (terms.advantages > 0) & (terms.ratio > 1 + config.clip_high)
     low = (terms.advantages < 0) & (terms.ratio < 1 - config.clip_low)
-    metrics = {
+    metrics: Metrics = {
         "train/loss": Accumulator.mean(terms.token_losses, terms.kept_mask),
         "train/policy_kl": Accumulator.mean(-terms.log_ratio, mask),
         "train/ratio_mean": Accumulator.mean(terms.ratio, mask),

@@ -7,7 +7,6 @@ trainer.
 Shapes: t local tokens of a packed micro-batch, N its sequences, B rows, T columns.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +21,7 @@ from megatron_fipo.algorithms.influence import beyond_dual_clip, influence_weigh
 from megatron_fipo.algorithms.loss_metrics import PolicyTerms, policy_metrics, rollout_metrics
 from megatron_fipo.config.algorithm import AlgorithmConfig, DapoConfig, FipoConfig, GrpoConfig
 from megatron_fipo.parallel.layout import PackLayout
-from megatron_fipo.types import Accumulator, Metrics
+from megatron_fipo.types import Accumulator, Metrics, render_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,12 +230,7 @@ class PolicyLoss:
     @cached_property
     def metrics(self) -> dict[str, float]:
         """The metrics as numbers, fetched at the first use; a mean over no token is left out."""
-        rendered = {}
-        for key, accumulator in self.accumulators.items():
-            total, count = float(accumulator.total), float(accumulator.count)
-            if count > 0 and not (accumulator.kind in ("max", "min") and math.isinf(total)):
-                rendered[key] = total / count if accumulator.kind == "mean" else total
-        return rendered
+        return render_metrics(self.accumulators)
 
 
 def fipo_loss(

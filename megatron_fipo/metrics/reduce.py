@@ -1,11 +1,10 @@
-"""Adds up accumulators over ranks and renders them as numbers."""
-
-import math
+"""Adds up metrics over ranks."""
 
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.types import Accumulator, Metrics
+from megatron_fipo.metrics.quantiles import distributed_quantiles
+from megatron_fipo.types import Accumulator, Distribution, Metrics
 
 _OPERATIONS = {
     "mean": dist.ReduceOp.SUM,
@@ -13,43 +12,34 @@ _OPERATIONS = {
     "max": dist.ReduceOp.MAX,
     "min": dist.ReduceOp.MIN,
 }
-_EXTREME_OF_NOTHING = {"max": -math.inf, "min": math.inf}
 
 
-def reduce_metrics(metrics: Metrics, group: dist.ProcessGroup) -> Metrics:
-    """Merge every rank's metrics: one all-reduce per kind present, of float64 pairs.
+def reduce_metrics(metrics: Metrics, group: dist.ProcessGroup) -> dict[str, Accumulator]:
+    """Merge every rank's metrics: one all-reduce of float64 per kind present, and five of integers for all quantiles.
 
     Args:
         metrics: This rank's part; every rank of the group has the same keys and kinds.
         group: Ranks that hold different parts.
+
+    Returns:
+        All ranks' metrics, the wanted quantiles of a distribution each under its own name.
     """
-    reduced: Metrics = {}
+    scalars = {key: value for key, value in metrics.items() if isinstance(value, Accumulator)}
+    distributions = {key: value for key, value in sorted(metrics.items()) if isinstance(value, Distribution)}
+    reduced: dict[str, Accumulator] = {}
     for kind, operation in _OPERATIONS.items():
-        keys = sorted(key for key, value in metrics.items() if value.kind == kind)
+        keys = sorted(key for key, value in scalars.items() if value.kind == kind)
         if not keys:
             continue
-        totals = [metrics[key].total for key in keys]
-        counts = [metrics[key].count for key in keys] if kind == "mean" else []
+        totals = [scalars[key].total for key in keys]
+        counts = [scalars[key].count for key in keys] if kind == "mean" else []
         packed = torch.stack(totals + counts)
         dist.all_reduce(packed, op=operation, group=group)
         for place, key in enumerate(keys):
-            count = packed[len(keys) + place] if counts else metrics[key].count
+            count = packed[len(keys) + place] if counts else scalars[key].count
             reduced[key] = Accumulator(kind, packed[place], count)  # type: ignore[arg-type]
+    if distributions:
+        found = distributed_quantiles(list(distributions.values()), group)
+        for (key, distribution), (quantiles, count) in zip(distributions.items(), found, strict=True):
+            reduced |= distribution.accumulators(key, quantiles, count)
     return reduced
-
-
-def render_metrics(metrics: Metrics) -> dict[str, float]:
-    """Numbers of all metrics that have one; a mean over nothing and an extreme of nothing are left out."""
-    keys = sorted(metrics)
-    if not keys:
-        return {}
-    values = torch.stack([torch.stack([metrics[key].total, metrics[key].count]) for key in keys]).tolist()
-    rendered = {}
-    for key, (total, count) in zip(keys, values, strict=True):
-        kind = metrics[key].kind
-        if kind == "mean":
-            if count:
-                rendered[key] = total / count
-        elif total != _EXTREME_OF_NOTHING.get(kind):
-            rendered[key] = total
-    return rendered

@@ -1,14 +1,25 @@
 """Accumulators merge the same in any order and grouping; the losses need torch alone."""
 
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fipo.types import Accumulator, Metrics, RolloutGroup, Sample, merge_metrics
+from megatron_fipo.types import (
+    Accumulator,
+    Distribution,
+    Metrics,
+    RolloutGroup,
+    Sample,
+    merge_metrics,
+    quantile_suffix,
+    render_metrics,
+)
 
 KINDS = ["mean", "sum", "max", "min"]
 
@@ -132,3 +143,63 @@ def test_the_losses_run_without_numpy():
     result = subprocess.run([sys.executable, "-c", LOSS_WITHOUT_NUMPY], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "-1.0 (2, 5) True"
+
+
+def test_a_ratio_divides_sums():
+    values, weights = torch.tensor([3.0, 5.0, math.nan]), torch.tensor([1.0, 3.0, math.nan])
+    ratio = Accumulator.ratio(values, weights, torch.tensor([True, True, False]))
+    assert plain(ratio) == ("mean", 8.0, 4.0)
+    assert plain(ratio.merge(Accumulator.ratio(values, weights, torch.tensor([True, False, False])))) == (
+        "mean",
+        11.0,
+        5.0,
+    )
+
+
+numbers = st.floats(width=32, allow_nan=False)
+LEVELS = (1, 10, 250, 500, 995, 999, 1000)
+
+
+@given(st.lists(st.tuples(numbers, st.booleans()), min_size=1, max_size=40), st.integers(0, 40))
+def test_quantiles_are_the_nearest_ranks(pairs, cut):
+    values, mask = torch.tensor([value for value, _ in pairs]), torch.tensor([counts for _, counts in pairs])
+    parts = [Distribution.of(values[part], mask[part], LEVELS) for part in (slice(cut), slice(cut, None))]
+    found = render_metrics({"x": parts[0].merge(parts[1])})
+    counted = values[mask].numpy()
+    if not counted.size:
+        assert found == {}
+        return
+    expected = np.sort(counted)[[math.ceil(level * counted.size / 1000) - 1 for level in LEVELS]]
+    assert [found[f"x_{quantile_suffix(level)}"] for level in LEVELS] == expected.tolist()
+
+
+def test_a_distribution_refuses_other_levels():
+    values, mask = torch.ones(1), torch.ones(1, dtype=torch.bool)
+    with pytest.raises(ValueError, match="levels"):
+        Distribution.of(values, mask, (500,)).merge(Distribution.of(values, mask, (250,)))
+
+
+def test_quantiles_have_short_names():
+    names = [quantile_suffix(level) for level in (1, 10, 250, 500, 990, 995, 999)]
+    assert names == ["p001", "p01", "p25", "p50", "p99", "p995", "p999"]
+
+
+def test_rendering_by_hand():
+    def value(kind: str, total: float, count: float) -> Accumulator:
+        return Accumulator(kind, torch.tensor(total).double(), torch.tensor(count).double())
+
+    metrics = {
+        "b": value("mean", 3.0, 4.0),
+        "a": value("sum", 0.0, 1.0),
+        "infinite sum": value("sum", math.inf, 1.0),
+        "no mean": value("mean", 0.0, 0.0),
+        "no maximum": value("max", -math.inf, 1.0),
+        "no minimum": value("min", math.inf, 1.0),
+        "maximum": value("max", -2.0, 1.0),
+        "overflow": value("max", math.inf, 1.0),
+    }
+    rendered = render_metrics(metrics)
+    assert rendered == {"a": 0.0, "b": 0.75, "infinite sum": math.inf, "maximum": -2.0, "overflow": math.inf}
+    assert list(rendered) == sorted(rendered)
+    assert all(type(number) is float for number in rendered.values())
+    assert render_metrics({}) == {}

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
-from megatron_fipo.metrics.reduce import reduce_metrics, render_metrics
-from megatron_fipo.types import Accumulator, Metrics, merge_metrics
+from megatron_fipo.metrics.reduce import reduce_metrics
+from megatron_fipo.types import Accumulator, Distribution, Metrics, merge_metrics, render_metrics
 from tests.distributed_helpers import run_distributed
 
 # What each of two ranks saw: values, and which of them count.
@@ -27,6 +27,9 @@ def metrics_of(values: list[float], counts: list[bool]) -> Metrics:
         "train/max": Accumulator.max(tensor, mask),
         "train/min": Accumulator.min(tensor, mask),
         "another/mean": Accumulator.mean(tensor * 10, mask),
+        "train/ratio": Accumulator.ratio(tensor, tensor.abs(), mask),
+        "train/all": Distribution.of(tensor, mask, (250, 500, 999)),
+        "empty/all": Distribution.of(tensor, NOTHING, (500,)),
         "empty/mean": Accumulator.mean(tensor, NOTHING),
         "empty/max": Accumulator.max(tensor, NOTHING),
         "empty/min": Accumulator.min(tensor, NOTHING),
@@ -37,9 +40,13 @@ def metrics_of(values: list[float], counts: list[bool]) -> Metrics:
 RENDERED = {
     "another/mean": 16.0,
     "one rank/mean": 1.5,
+    "train/all_p25": 1.0,
+    "train/all_p50": 2.0,
+    "train/all_p999": 6.0,
     "train/max": 6.0,
     "train/mean": 1.6,
     "train/min": -5.0,
+    "train/ratio": 8 / 18,
     "train/sum": 17.0,
 }
 
@@ -62,32 +69,13 @@ def reduced_on_a_rank() -> dict:
 def test_ranks_agree_with_one_that_saw_everything():
     for results in run_distributed(reduced_on_a_rank, 2):
         assert results["rendered"] == pytest.approx(RENDERED)
-        assert results["kinds"] == {key: value.kind for key, value in metrics_of(*SEEN[0]).items()}
-        assert results["collectives"] == 4, "one for each kind"
+        assert not {"train/all", "empty/all"} & set(results["kinds"]), "quantiles stand under their own names"
+        for key, value in metrics_of(*SEEN[0]).items():
+            assert isinstance(value, Distribution) or results["kinds"][key] == value.kind
+        assert results["collectives"] == 4 + 5, "one for each kind, and five for all quantiles"
         assert results["nothing"] == {}
         assert math.isnan(results["nan"]["train/sum"])
 
 
 def test_merging_before_the_reduction_gives_the_same():
     assert render_metrics(merge_metrics([metrics_of(*seen) for seen in SEEN])) == pytest.approx(RENDERED)
-
-
-def test_rendering_by_hand():
-    def value(kind: str, total: float, count: float) -> Accumulator:
-        return Accumulator(kind, torch.tensor(total).double(), torch.tensor(count).double())
-
-    metrics = {
-        "b": value("mean", 3.0, 4.0),
-        "a": value("sum", 0.0, 1.0),
-        "infinite sum": value("sum", math.inf, 1.0),
-        "no mean": value("mean", 0.0, 0.0),
-        "no maximum": value("max", -math.inf, 1.0),
-        "no minimum": value("min", math.inf, 1.0),
-        "maximum": value("max", -2.0, 1.0),
-        "overflow": value("max", math.inf, 1.0),
-    }
-    rendered = render_metrics(metrics)
-    assert rendered == {"a": 0.0, "b": 0.75, "infinite sum": math.inf, "maximum": -2.0, "overflow": math.inf}
-    assert list(rendered) == sorted(rendered)
-    assert all(type(number) is float for number in rendered.values())
-    assert render_metrics({}) == {}
