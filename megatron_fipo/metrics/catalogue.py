@@ -1,0 +1,345 @@
+"""Every metric that a run may log.
+
+To add one, add a `Metric` to the section it belongs to: its name as logged, one line on what it is, its unit, how its
+parts become one number (`reduction`) and how the values of a step's updates become the step's (`combination`). Metrics
+that are computed once a step on rank 0, such as counters of the rollout, need neither of the two. A name made at run
+time is declared as a family: `rollout/<source>/reward_mean`. Then run `python tools/generate_metric_docs.py`, which
+writes docs/metrics.md. Names are stable: scripts and dashboards read them.
+"""
+
+from megatron_fipo.metrics.declaration import Catalogue, Metric, Section, quantiles
+
+_STEP = Section(
+    "The step",
+    "What a line of metrics.jsonl is about.",
+    (
+        Metric(name="step", description="Number of the step; 0 is before training."),
+        Metric(name="policy_version", description="Version of the weights after the step."),
+    ),
+)
+
+_ROLLOUT = Section(
+    "Rollout",
+    "About the batch that the step trains on, where nothing else is said. A score above 0 counts as right. Metrics of "
+    "a `<source>` are about the prompts of one data source, and present where sources have names.",
+    (
+        Metric(name="rollout/reward_mean", description="Mean reward of the batch's samples, shaping included."),
+        Metric(name="rollout/score_mean", description="Mean score of the answers, before weights and shaping."),
+        Metric(name="rollout/accuracy", description="Samples with the right answer.", unit="fraction"),
+        Metric(name="rollout/truncated_fraction", description="Samples cut off by the token limit.", unit="fraction"),
+        Metric(name="rollout/num_sequences", description="Samples in the batch.", unit="samples"),
+        Metric(name="rollout/response_length_mean", description="Mean response length.", unit="tokens"),
+        Metric(name="rollout/response_length_min", description="Shortest response.", unit="tokens"),
+        Metric(name="rollout/response_length_p25", description="25 % quantile of response lengths.", unit="tokens"),
+        Metric(name="rollout/response_length_p50", description="Median response length.", unit="tokens"),
+        Metric(name="rollout/response_length_p75", description="75 % quantile of response lengths.", unit="tokens"),
+        Metric(name="rollout/response_length_p95", description="95 % quantile of response lengths.", unit="tokens"),
+        Metric(name="rollout/response_length_max", description="Longest response.", unit="tokens"),
+        Metric(name="rollout/prompt_length_mean", description="Mean prompt length.", unit="tokens"),
+        Metric(name="rollout/advantage_abs_mean", description="Mean |A| over samples."),
+        Metric(name="rollout/<source>/num_sequences", description="Samples of the source.", unit="samples"),
+        Metric(name="rollout/<source>/reward_mean", description="Mean reward of the source's samples."),
+        Metric(name="rollout/<source>/score_mean", description="Mean score of the source's samples."),
+        Metric(name="rollout/<source>/accuracy", description="The source's right answers.", unit="fraction"),
+        Metric(name="rollout/<source>/truncated_fraction", description="The source's cut samples.", unit="fraction"),
+        Metric(name="rollout/<source>/response_length_mean", description="Their mean length.", unit="tokens"),
+        Metric(name="reward/<term>_mean", description="Mean of one term of the reward, weighted, over the batch."),
+        Metric(name="rollout/reward_mean_all", description="Mean reward of all samples generated in the step."),
+        Metric(name="rollout/generation_rounds", description="Rounds of prompts it took.", unit="rounds"),
+        Metric(name="rollout/epoch", description="Passes over the training prompts so far.", unit="epochs"),
+        Metric(name="rollout/groups_generated", description="Groups generated in the step.", unit="groups"),
+        Metric(
+            name="rollout/groups_without_signal",
+            description="Groups set aside because all their rewards are equal.",
+            unit="groups",
+        ),
+        Metric(name="rollout/groups_all_right", description="Those whose answers are all right.", unit="groups"),
+        Metric(name="rollout/groups_stale", description="Groups refused for their age.", unit="groups"),
+        Metric(name="rollout/groups_incomplete", description="Groups refused for a missing reward.", unit="groups"),
+        Metric(name="rollout/groups_carried_in", description="Groups left over from earlier steps.", unit="groups"),
+        Metric(name="rollout/groups_surplus", description="Groups left over for later steps.", unit="groups"),
+        Metric(
+            name="rollout/groups_filled_up",
+            description="Groups without signal that were taken to complete the batch.",
+            unit="groups",
+        ),
+    ),
+)
+
+_UPDATES = Section(
+    "Updates",
+    "About the response tokens of a mini-batch, dropped sequences included, where nothing else is said. r is "
+    "π_θ / π_old of a token, A its advantage.",
+    (
+        Metric(name="train/updates", description="Mini-batches of the step.", unit="updates"),
+        Metric(name="train/updates_skipped", description="Those that changed no weight.", unit="updates"),
+        Metric(
+            name="train/loss",
+            description="Σ numerators / D, over the tokens or sequences that are kept.",
+            reduction="ratio",
+            combination="mean",
+        ),
+        Metric(
+            name="train/loss_by_update",
+            description="The loss of every update; null where no token was left.",
+            reduction="ratio",
+            combination="list",
+        ),
+        Metric(
+            name="train/grad_norm",
+            description="Global norm of the gradient before clipping, of updates that had tokens.",
+            combination="mean",
+        ),
+        Metric(name="train/grad_norm_by_update", description="The norm of every update.", combination="list"),
+        Metric(name="train/learning_rate", description="Learning rate of the last update.", combination="last"),
+        Metric(
+            name="train/policy_kl",
+            description="Mean of −log r: KL(π_old ‖ π_θ) by the estimator k1, which may be negative.",
+            unit="nats",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="train/policy_kl_k3",
+            description="Mean of r − 1 − log r: the same by the estimator k3, never negative.",
+            unit="nats",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="train/entropy",
+            description="Mean entropy of the policy's next-token distribution, at sampling temperature.",
+            unit="nats",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="train/length_weighted_advantage",
+            description="Mean of A over tokens, so that a response counts by its length.",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="train/clip_fraction_low",
+            description="Tokens with A < 0 and r below the lower clip bound.",
+            unit="fraction",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="train/clip_fraction_high",
+            description="Tokens with A > 0 and r above the upper clip bound.",
+            unit="fraction",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(name="train/ratio_mean", description="Mean r.", reduction="mean", combination="mean"),
+        Metric(name="train/ratio_max", description="Largest r.", reduction="max", combination="max"),
+        *quantiles("train/ratio_negative", "r over tokens with A < 0", (750, 995, 999)),
+        Metric(
+            name="train/ratio_negative_max",
+            description="Largest r of a token with A < 0.",
+            reduction="max",
+            combination="max",
+        ),
+        Metric(
+            name="train/ratio_negative_count_2_3",
+            description="Tokens with A < 0 and 2 ≤ r < 3.",
+            unit="tokens",
+            reduction="sum",
+            combination="sum",
+        ),
+        Metric(
+            name="train/ratio_negative_count_3_4",
+            description="Tokens with A < 0 and 3 ≤ r < 4.",
+            unit="tokens",
+            reduction="sum",
+            combination="sum",
+        ),
+        Metric(
+            name="train/ratio_negative_count_4_c",
+            description="Tokens with A < 0 and 4 ≤ r ≤ c, the dual-clip bound; without one, 4 ≤ r.",
+            unit="tokens",
+            reduction="sum",
+            combination="sum",
+        ),
+        Metric(
+            name="train/ratio_positive_min",
+            description="Smallest r of a token with A > 0.",
+            reduction="min",
+            combination="min",
+        ),
+        *quantiles("train/ratio_positive", "r over tokens with A > 0", (250, 500, 750, 995, 999)),
+        Metric(
+            name="train/ratio_positive_max",
+            description="Largest r of a token with A > 0.",
+            reduction="max",
+            combination="max",
+        ),
+        Metric(
+            name="train/ratio_positive_fraction_below_1e3",
+            description="Tokens with r < 1e-3, of those with A > 0.",
+            unit="fraction",
+            reduction="mean",
+            combination="mean",
+        ),
+    ),
+)
+
+_FIPO = Section(
+    "Future-KL and influence weights",
+    "F is a token's Future-KL, f its influence weight after clip and safety, exp(F) the raw weight, with F kept within "
+    "±20. An influence weight of exactly 1 changes nothing and is never counted as clipped. DAPO and GRPO report the "
+    "dual clip alone.",
+    (
+        Metric(
+            name="fipo/null_future_kl_std",
+            description="Standard deviation of F on the first update, where the policy is the old one: must be 0.",
+            unit="nats",
+            reduction="mean",
+            combination="first",
+        ),
+        Metric(name="fipo/future_kl_mean", description="Mean F.", unit="nats", reduction="mean", combination="mean"),
+        Metric(
+            name="fipo/future_kl_square_mean",
+            description="Mean F².",
+            unit="nats²",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(name="fipo/influence_weight_mean", description="Mean f.", reduction="mean", combination="mean"),
+        Metric(name="fipo/influence_weight_min", description="Smallest f.", reduction="min", combination="min"),
+        *quantiles("fipo/influence_weight", "f", (10, 250, 500, 750, 990, 999)),
+        Metric(name="fipo/influence_weight_max", description="Largest f.", reduction="max", combination="max"),
+        Metric(name="fipo/influence_raw_mean", description="Mean exp(F).", reduction="mean", combination="mean"),
+        Metric(name="fipo/influence_raw_min", description="Smallest exp(F).", reduction="min", combination="min"),
+        *quantiles("fipo/influence_raw", "exp(F)", (10, 250, 500, 750, 990, 999)),
+        Metric(name="fipo/influence_raw_max", description="Largest exp(F).", reduction="max", combination="max"),
+        Metric(
+            name="fipo/fraction_changed",
+            description="Tokens with f ≠ 1.",
+            unit="fraction",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="fipo/fraction_at_lower_bound",
+            description="Tokens with f at the lower influence bound or below it, f = 1 left out.",
+            unit="fraction",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="fipo/fraction_at_upper_bound",
+            description="Tokens with f at the upper influence bound, f = 1 left out.",
+            unit="fraction",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="fipo/step_size_ratio",
+            description="Σ|A·f| / Σ|A| over kept tokens: by how much the weights stretch the step.",
+            reduction="ratio",
+            combination="mean",
+        ),
+        Metric(
+            name="fipo/dual_clip_fraction",
+            description="Tokens with A < 0 and r above the dual-clip bound.",
+            unit="fraction",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="fipo/dropped_sequences",
+            description="Sequences taken out by the sequence drop.",
+            unit="samples",
+            reduction="sum",
+            combination="sum",
+        ),
+    ),
+)
+
+_MISMATCH = Section(
+    "Mismatch between engine and trainer",
+    "d is log π_old (the trainer's, before the first update) − log π_rollout (the engine's) of a response token.",
+    (
+        Metric(
+            name="train/mismatch_mean_abs",
+            description="Mean |d|.",
+            unit="nats",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(name="train/mismatch_max", description="Largest |d|.", unit="nats", reduction="max", combination="max"),
+        Metric(
+            name="train/mismatch_kl",
+            description="Mean of −d: KL(π_rollout ‖ π_old) by the estimator k1, which may be negative.",
+            unit="nats",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="train/mismatch_kl_k3",
+            description="Mean of exp(d) − 1 − d, d kept within ±20: the same by the estimator k3, never negative.",
+            unit="nats",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="train/rollout_importance_mean",
+            description="Mean truncated importance factor, where algorithm.rollout_importance_cap is set.",
+            reduction="mean",
+            combination="mean",
+        ),
+    ),
+)
+
+_EVALUATION = Section(
+    "Evaluation",
+    "On held-out problems, after the step; in the lines of the steps that evaluate.",
+    (
+        Metric(name="eval/num_problems", description="Problems tried.", unit="problems"),
+        Metric(name="eval/accuracy", description="Right answers at sampling temperature.", unit="fraction"),
+        Metric(name="eval/accuracy_low", description="Lower end of its 95 % interval.", unit="fraction"),
+        Metric(name="eval/accuracy_high", description="Upper end of its 95 % interval.", unit="fraction"),
+        Metric(name="eval/greedy_accuracy", description="Right answers of greedy decoding.", unit="fraction"),
+        Metric(name="eval/response_length_mean", description="Mean response length.", unit="tokens"),
+    ),
+)
+
+_PERFORMANCE = Section(
+    "Time, throughput and memory",
+    "Times are wall-clock on rank 0. Tokens are counted over all ranks.",
+    (
+        Metric(name="time/<phase>_s", description="Time of one phase of the step.", unit="s"),
+        Metric(
+            name="perf/rollout_response_tokens_per_s",
+            description="Response tokens of the batch over the time of generation and scoring.",
+            unit="tokens/s",
+        ),
+        Metric(
+            name="perf/old_log_probs_tokens_per_s",
+            description="Prompt and response tokens over the time of the old log-probabilities.",
+            unit="tokens/s",
+        ),
+        Metric(
+            name="perf/update_tokens_per_s",
+            description="Prompt and response tokens over the time of the updates.",
+            unit="tokens/s",
+        ),
+        Metric(
+            name="perf/peak_memory_gib",
+            description="Highest memory use of any rank so far: CUDA allocations, or the resident set on the CPU.",
+            unit="GiB",
+            reduction="max",
+        ),
+        Metric(
+            name="perf/host_memory_gib",
+            description="Largest resident set of any rank's process now.",
+            unit="GiB",
+            reduction="max",
+        ),
+    ),
+)
+
+CATALOGUE = Catalogue((_STEP, _ROLLOUT, _UPDATES, _FIPO, _MISMATCH, _EVALUATION, _PERFORMANCE))
