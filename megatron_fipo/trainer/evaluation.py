@@ -1,14 +1,11 @@
 """Accuracy on held-out problems, sampled and greedy."""
 
 import dataclasses
-import math
 
+from megatron_fipo.metrics.estimators import wilson_interval
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.trainer.state import Run
 from megatron_fipo.types import RolloutGroup
-
-# Two-sided normal quantile of a 95 % interval.
-_Z95 = 1.959963984540054
 
 
 def evaluate_when_due(run: Run, step: int) -> dict[str, float]:
@@ -55,17 +52,3 @@ async def _evaluate(run: Run, controller: RolloutController) -> dict[str, float]
 
 def _rewards(groups: list[RolloutGroup]) -> list[float]:
     return [sample.reward for group in groups for sample in group.samples]
-
-
-def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, 1927, J. Am. Stat. Assoc. 22).
-
-    Args:
-        successes: Number, or sum of fractional scores.
-        trials: At least 1.
-    """
-    rate = successes / trials
-    spread = _Z95**2 / trials
-    centre = (rate + spread / 2) / (1 + spread)
-    half = _Z95 / (1 + spread) * math.sqrt(rate * (1 - rate) / trials + spread / (4 * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
