@@ -18,7 +18,7 @@ from megatron_fipo.algorithms.aggregation import SequenceCounts, aggregate
 from megatron_fipo.algorithms.future_kl.context_parallel import future_kl as context_parallel_future_kl
 from megatron_fipo.algorithms.future_kl.scan import segment_plan
 from megatron_fipo.algorithms.influence import beyond_dual_clip, influence_weights, participating_log_ratio
-from megatron_fipo.algorithms.loss_metrics import PolicyTerms, policy_metrics, rollout_metrics
+from megatron_fipo.algorithms.loss_metrics import PolicyTerms, mismatch_metrics, policy_metrics
 from megatron_fipo.config.algorithm import AlgorithmConfig, DapoConfig, FipoConfig, GrpoConfig
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.types import Accumulator, Metrics, render_metrics
@@ -121,7 +121,7 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig, group: dist.Process
     metrics: Metrics = {}
     if inputs.rollout_log_probs is not None:
         rollout_log_probs = inputs.rollout_log_probs.detach().to(dtype)
-        metrics |= rollout_metrics(old_log_probs, rollout_log_probs, mask)
+        metrics |= mismatch_metrics(old_log_probs, rollout_log_probs, mask)
         if config.rollout_importance_cap is not None:
             importance = (old_log_probs - rollout_log_probs).exp().clamp(max=config.rollout_importance_cap)
             losses = losses * importance

@@ -224,7 +224,7 @@ _FIPO = Section(
         ),
         Metric(
             name="fipo/fraction_at_lower_bound",
-            description="Tokens with f at the lower influence bound or below it, f = 1 left out.",
+            description="Tokens with f at the lower influence bound, f = 1 left out.",
             unit="fraction",
             reduction="mean",
             combination="mean",
@@ -261,7 +261,7 @@ _FIPO = Section(
 
 _MISMATCH = Section(
     "Mismatch between engine and trainer",
-    "d is log π_old (the trainer's, before the first update) − log π_rollout (the engine's) of a response token.",
+    "d is log π_rollout (the engine's) − log π_old (the trainer's, before the first update) of a response token.",
     (
         Metric(
             name="train/mismatch_mean_abs",
@@ -273,14 +273,14 @@ _MISMATCH = Section(
         Metric(name="train/mismatch_max", description="Largest |d|.", unit="nats", reduction="max", combination="max"),
         Metric(
             name="train/mismatch_kl",
-            description="Mean of −d: KL(π_rollout ‖ π_old) by the estimator k1, which may be negative.",
+            description="Mean d: KL(π_rollout ‖ π_old) by the estimator k1, which may be negative.",
             unit="nats",
             reduction="mean",
             combination="mean",
         ),
         Metric(
             name="train/mismatch_kl_k3",
-            description="Mean of exp(d) − 1 − d, d kept within ±20: the same by the estimator k3, never negative.",
+            description="Mean of exp(−d) − 1 + d, d kept within ±20: the same by the estimator k3, never negative.",
             unit="nats",
             reduction="mean",
             combination="mean",

@@ -15,7 +15,7 @@ from megatron_fipo.algorithms.losses import (
 )
 from megatron_fipo.config.algorithm import AlgorithmConfig, DapoConfig, FipoConfig, GrpoConfig
 from megatron_fipo.parallel.layout import PackLayout
-from megatron_fipo.types import Metrics, merge_metrics
+from megatron_fipo.types import Metrics, merge_metrics, render_metrics
 from tests.unit.algorithms.oracle import Response, mini_batch_loss, response_terms
 
 AGGREGATIONS = ["token_mean", "sequence_mean", "official_micro_batch"]
@@ -382,9 +382,7 @@ def test_micro_batch_split_and_order_change_nothing(aggregation, data, seed):
     pieces = torch.tensor(whole_gradient, dtype=torch.float64).split(lengths)
     reordered = torch.cat([pieces[i] for i in order]).tolist()
     assert gradient == pytest.approx(reordered, rel=1e-12, abs=1e-14)
-    for key, value in whole_metrics.items():
-        torch.testing.assert_close(metrics[key].total, value.total, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(metrics[key].count, value.count)
+    assert render_metrics(metrics) == pytest.approx(render_metrics(whole_metrics), rel=1e-12, abs=1e-12)
 
 
 def test_official_averaging_depends_on_the_partition_and_token_mean_does_not():
@@ -460,17 +458,29 @@ def test_metrics_by_hand():
         layout=PackLayout((4,)),
         entropy=torch.tensor([1.0, 2.0, 3.0, 6.0]),
     )
-    metrics = {
-        key: float(value.total / value.count if value.kind == "mean" else value.total)
-        for key, value in policy_loss(inputs, config).metrics.items()
-    }
     # With this half-life F is the token's own log-ratio, so the raw weight is its ratio.
-    assert metrics == pytest.approx(
+    assert render_metrics(policy_loss(inputs, config).metrics) == pytest.approx(
         {
             "train/loss": (-1.2 * 1.28 + 0.8 * 0.8 - 1.0 + 1.2 * 2.0) / 4,
             "train/policy_kl": -math.log(1.5) / 4,
+            "train/policy_kl_k3": (5.0 - 4.0 - math.log(1.5)) / 4,
             "train/ratio_mean": 1.25,
             "train/ratio_max": 2.0,
+            "train/ratio_negative_p75": 2.0,
+            "train/ratio_negative_p995": 2.0,
+            "train/ratio_negative_p999": 2.0,
+            "train/ratio_negative_max": 2.0,
+            "train/ratio_negative_count_2_3": 1.0,
+            "train/ratio_negative_count_3_4": 0.0,
+            "train/ratio_negative_count_4_c": 0.0,
+            "train/ratio_positive_min": 1.0,
+            "train/ratio_positive_p25": 1.0,
+            "train/ratio_positive_p50": 1.0,
+            "train/ratio_positive_p75": 1.5,
+            "train/ratio_positive_p995": 1.5,
+            "train/ratio_positive_p999": 1.5,
+            "train/ratio_positive_max": 1.5,
+            "train/ratio_positive_fraction_below_1e3": 0.0,
             "train/clip_fraction_low": 0.25,
             "train/clip_fraction_high": 0.25,
             "train/length_weighted_advantage": 0.0,
@@ -480,13 +490,26 @@ def test_metrics_by_hand():
             "fipo/future_kl_square_mean": (math.log(1.5) ** 2 + 2 * math.log(2) ** 2) / 4,
             "fipo/influence_weight_mean": (1.2 + 0.8 + 1.0 + 1.2) / 4,
             "fipo/influence_weight_min": 0.8,
+            "fipo/influence_weight_p01": 0.8,
+            "fipo/influence_weight_p25": 0.8,
+            "fipo/influence_weight_p50": 1.0,
+            "fipo/influence_weight_p75": 1.2,
+            "fipo/influence_weight_p99": 1.2,
+            "fipo/influence_weight_p999": 1.2,
             "fipo/influence_weight_max": 1.2,
             "fipo/influence_raw_mean": 1.25,
             "fipo/influence_raw_min": 0.5,
+            "fipo/influence_raw_p01": 0.5,
+            "fipo/influence_raw_p25": 0.5,
+            "fipo/influence_raw_p50": 1.0,
+            "fipo/influence_raw_p75": 1.5,
+            "fipo/influence_raw_p99": 2.0,
+            "fipo/influence_raw_p999": 2.0,
             "fipo/influence_raw_max": 2.0,
             "fipo/fraction_changed": 0.75,
             "fipo/fraction_at_lower_bound": 0.25,
             "fipo/fraction_at_upper_bound": 0.5,
+            "fipo/step_size_ratio": (1.2 + 0.8 + 1.0 + 1.2) / 4,
             "fipo/dropped_sequences": 0.0,
         }
     )
