@@ -9,6 +9,15 @@ writes docs/metrics.md. Names are stable: scripts and dashboards read them.
 
 from megatron_fipo.metrics.declaration import Catalogue, Metric, Section, quantiles
 
+
+def _limits(name: str) -> tuple[Metric, ...]:
+    """Rows of both ends of a fraction's interval."""
+    ends = (("low", "Lower"), ("high", "Upper"))
+    return tuple(
+        Metric(name=f"{name}_{end}", description=f"{word} end of its interval.", unit="fraction") for end, word in ends
+    )
+
+
 _STEP = Section(
     "The step",
     "What a line of metrics.jsonl is about.",
@@ -296,14 +305,37 @@ _MISMATCH = Section(
 
 _EVALUATION = Section(
     "Evaluation",
-    "On held-out problems, after the step; in the lines of the steps that evaluate.",
+    "On held-out problems, after the step; in the lines of the steps that evaluate. A response is right by the verdict "
+    "on its answer. Means are over problems, and `_low` and `_high` end their intervals, which hold with the chance "
+    "evaluation.confidence; docs/evaluation.md has the formulas. k is evaluation.samples_per_problem, or one of "
+    "evaluation.consensus_at and evaluation.pass_at.",
     (
         Metric(name="eval/num_problems", description="Problems tried.", unit="problems"),
-        Metric(name="eval/accuracy", description="Right answers at sampling temperature.", unit="fraction"),
-        Metric(name="eval/accuracy_low", description="Lower end of its 95 % interval.", unit="fraction"),
-        Metric(name="eval/accuracy_high", description="Upper end of its 95 % interval.", unit="fraction"),
-        Metric(name="eval/greedy_accuracy", description="Right answers of greedy decoding.", unit="fraction"),
+        Metric(name="eval/accuracy", description="Right responses at sampling temperature: Avg@k.", unit="fraction"),
+        *_limits("eval/accuracy"),
+        Metric(name="eval/greedy_accuracy", description="Right responses of greedy decoding.", unit="fraction"),
+        *_limits("eval/greedy_accuracy"),
         Metric(name="eval/response_length_mean", description="Mean response length.", unit="tokens"),
+        Metric(name="eval/truncated_fraction", description="Responses cut off by the token limit.", unit="fraction"),
+        Metric(name="eval/<source>/num_problems", description="Problems of the source.", unit="problems"),
+        Metric(name="eval/<source>/avg_at_<k>", description="The source's right responses.", unit="fraction"),
+        *_limits("eval/<source>/avg_at_<k>"),
+        Metric(
+            name="eval/<source>/cons_at_<k>",
+            description="Problems whose most frequent answer of k is right, ties broken evenly.",
+            unit="fraction",
+        ),
+        *_limits("eval/<source>/cons_at_<k>"),
+        Metric(
+            name="eval/<source>/pass_at_<k>",
+            description="Problems with a right response among k, by the unbiased estimate.",
+            unit="fraction",
+        ),
+        *_limits("eval/<source>/pass_at_<k>"),
+        Metric(name="eval/<source>/greedy_accuracy", description="The source's, greedily.", unit="fraction"),
+        *_limits("eval/<source>/greedy_accuracy"),
+        Metric(name="eval/<source>/response_length_mean", description="Their mean length.", unit="tokens"),
+        Metric(name="eval/<source>/truncated_fraction", description="The source's cut responses.", unit="fraction"),
     ),
 )
 

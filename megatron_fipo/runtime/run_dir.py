@@ -1,13 +1,12 @@
 """The run directory: resolved configuration, metrics, samples, logs."""
 
-import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.base import ConfigError, require
+from megatron_fipo.runtime.json_lines import append_lines
 
 
 class RunDirectory:
@@ -78,27 +77,14 @@ class RunDirectory:
         """Folder of the Hugging Face export."""
         return self.path / "export"
 
+    def evaluation(self, step: int) -> Path:
+        """Folder of the evaluation after a step."""
+        return self.path / "evaluations" / f"step_{step}"
+
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; numbers that are not finite become null, at any depth."""
-        self._append("metrics.jsonl", [metrics])
+        append_lines(self.path / "metrics.jsonl", [metrics])
 
     def append_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to samples.jsonl."""
-        self._append("samples.jsonl", samples)
-
-    def _append(self, name: str, objects: Iterable[Mapping[str, Any]]) -> None:
-        lines = [json.dumps(_finite(each), ensure_ascii=False, allow_nan=False) + "\n" for each in objects]
-        # Half a surrogate pair, which a JSON file may hold, is written as the JSON escape it was.
-        with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for numbers that are not finite, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        append_lines(self.path / "samples.jsonl", samples)

@@ -12,7 +12,7 @@ from megatron_fipo.actor.model import build_model, build_provider, unwrap
 from megatron_fipo.actor.optimizer import ActorOptimizer
 from megatron_fipo.actor.train_step import TrainStep
 from megatron_fipo.config.algorithm import effective_algorithm
-from megatron_fipo.config.base import ConfigError, require
+from megatron_fipo.config.base import require
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
@@ -31,6 +31,7 @@ from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
+from megatron_fipo.trainer.evaluation import select_prompts
 from megatron_fipo.trainer.state import Actor, RolloutSide, Run
 from megatron_fipo.types import Prompt
 from megatron_fipo.weight_sync.in_process import InProcessSync
@@ -98,9 +99,11 @@ def _prepare_generation(
     check_prompts(config.reward, train, "data.train")
     held_out: tuple[Prompt, ...] = ()
     if data.evaluation is not None:
-        held_out = load_prompts(data.evaluation, data, tokenizer, "data.evaluation").prompts
-        check_prompts(config.reward, held_out, "data.evaluation")
-        _check_held_out(config, train, held_out)
+        usable = load_prompts(data.evaluation, data, tokenizer, "data.evaluation").prompts
+        check_prompts(config.reward, usable, "data.evaluation")
+        held_out = select_prompts(usable, config.evaluation.num_prompts)
+        if shared := count_shared(train, held_out):
+            logger.warning("%d of %d evaluation prompts also occur among the training prompts", shared, len(held_out))
     sampling = SamplingParameters(
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
@@ -124,19 +127,6 @@ def _prepare_generation(
         return controller, held_out
 
     return make
-
-
-def _check_held_out(config: RunConfig, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-    wanted = config.evaluation.num_prompts
-    if len(held_out) < wanted:
-        raise ConfigError(
-            field="evaluation.num_prompts",
-            value=wanted,
-            rule=f"must not exceed the {len(held_out)} usable prompts of data.evaluation",
-            way_out="lower it or give more prompts",
-        )
-    if shared := count_shared(train, held_out[:wanted]):
-        logger.warning("%d of %d evaluation prompts also occur among the training prompts", shared, wanted)
 
 
 def _check_positions(config: RunConfig, max_prompt_tokens: int, bridge: HfBridge) -> None:

@@ -1,21 +1,33 @@
 """Accuracy on held-out problems, sampled and greedy."""
 
 import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from megatron_fipo.metrics.estimators import wilson_interval
+from megatron_fipo.config.base import require
+from megatron_fipo.config.evaluation import EvaluationConfig
 from megatron_fipo.rollout.controller import RolloutController
+from megatron_fipo.runtime.seeding import derive_seed
+from megatron_fipo.trainer.evaluation_files import EvaluationFiles
+from megatron_fipo.trainer.evaluation_results import (
+    ProblemResult,
+    evaluation_metrics,
+    problem_results,
+    response_records,
+)
 from megatron_fipo.trainer.state import Run
-from megatron_fipo.types import RolloutGroup
+from megatron_fipo.types import Prompt
 
 
 def evaluate_when_due(run: Run, step: int) -> dict[str, float]:
     """Evaluate before the first step, after the last, and every `evaluation.every_steps`.
 
-    Collective over all ranks.
+    Collective over all ranks. Rank 0 also writes `evaluations/step_N/` in the run directory.
 
     Returns:
-        Metrics on rank 0 (`eval/accuracy` at sampling temperature with its 95 % interval, `eval/greedy_accuracy`);
-        nothing elsewhere or when none is due.
+        Metrics on rank 0, see `evaluation_metrics`; nothing elsewhere or when none is due.
 
     Raises:
         RunError: A response could not be scored.
@@ -26,29 +38,83 @@ def evaluate_when_due(run: Run, step: int) -> dict[str, float]:
     if not due or run.rollout is None or data is None or data.evaluation is None or run.config.mode != "train":
         return {}
     with run.timer.phase("evaluation"):
-        return run.rollout.generate(lambda controller: _evaluate(run, controller)) or {}
+        return run.rollout.generate(lambda controller: _evaluate(run, controller, step)) or {}
 
 
-async def _evaluate(run: Run, controller: RolloutController) -> dict[str, float]:
-    assert run.rollout is not None
-    prompts = run.rollout.evaluation_prompts[: run.config.evaluation.num_prompts]
-    # One seed scope for all evaluations: they differ by the weights alone.
-    groups = await controller.generate_groups(prompts, 1, "evaluation", controller.sampling)
-    rewards = _rewards(groups)
-    low, high = wilson_interval(sum(rewards), len(rewards))
-    metrics = {
-        "eval/num_problems": float(len(rewards)),
-        "eval/accuracy": sum(rewards) / len(rewards),
-        "eval/accuracy_low": low,
-        "eval/accuracy_high": high,
-        "eval/response_length_mean": sum(len(g.samples[0].response_token_ids) for g in groups) / len(groups),
-    }
-    if run.config.evaluation.greedy:
-        greedy = dataclasses.replace(controller.sampling, greedy=True)
-        rewards = _rewards(await controller.generate_groups(prompts, 1, "evaluation", greedy))
-        metrics["eval/greedy_accuracy"] = sum(rewards) / len(rewards)
-    return metrics
+async def _evaluate(run: Run, controller: RolloutController, step: int) -> dict[str, float]:
+    assert run.rollout is not None and run.directory is not None
+    results, records = await try_problems(controller, run.rollout.evaluation_prompts, run.config.evaluation)
+    _write(run.directory.evaluation(step), results, records)
+    return evaluation_metrics(results, run.config.evaluation, interval_seed(run.config.seed))
 
 
-def _rewards(groups: list[RolloutGroup]) -> list[float]:
-    return [sample.reward for group in groups for sample in group.samples]
+def _write(folder: Path, results: Sequence[ProblemResult], records: Sequence[dict[str, Any]]) -> None:
+    # A step that is done again after a crash is evaluated again.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    EvaluationFiles(folder).append(results, records)
+
+
+async def try_problems(
+    controller: RolloutController, prompts: Sequence[Prompt], config: EvaluationConfig
+) -> tuple[list[ProblemResult], list[dict[str, Any]]]:
+    """Sample responses to problems and judge them.
+
+    All evaluations draw with the same seeds: they differ by the weights alone.
+
+    Returns:
+        What came of every problem, and the line of every response.
+
+    Raises:
+        RunError: See `RolloutController.generate_groups`.
+    """
+    sampling = dataclasses.replace(
+        controller.sampling,
+        temperature=config.temperature or controller.sampling.temperature,
+        top_p=config.top_p or controller.sampling.top_p,
+    )
+    groups = await controller.generate_groups(prompts, config.samples_per_problem, "evaluation", sampling)
+    greedy = []
+    if config.greedy:
+        most_likely = dataclasses.replace(sampling, greedy=True)
+        greedy = await controller.generate_groups(prompts, 1, "evaluation", most_likely)
+    results = await problem_results(groups, greedy, _same_answer)
+    return results, response_records(groups, greedy)
+
+
+async def _same_answer(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    return [first == second for first, second in pairs]
+
+
+def interval_seed(seed: int) -> int:
+    """Seed of the intervals of an evaluation."""
+    return derive_seed(seed, "evaluation intervals")
+
+
+def select_prompts(prompts: Sequence[Prompt], num_prompts: int | None) -> tuple[Prompt, ...]:
+    """The first prompts of every source.
+
+    Args:
+        prompts: Those of all sources.
+        num_prompts: How many of each, or all that a source has; None for all.
+
+    Raises:
+        ConfigError: No source has so many.
+    """
+    if num_prompts is None:
+        return tuple(prompts)
+    seen: dict[str, int] = {}
+    selected = []
+    for prompt in prompts:
+        seen[prompt.source] = seen.get(prompt.source, 0) + 1
+        if seen[prompt.source] <= num_prompts:
+            selected.append(prompt)
+    largest = max(seen.values(), default=0)
+    require(
+        num_prompts <= largest,
+        field="evaluation.num_prompts",
+        value=num_prompts,
+        rule=f"must not exceed the {largest} usable prompts of data.evaluation",
+        way_out="lower it or give more prompts",
+    )
+    return tuple(selected)

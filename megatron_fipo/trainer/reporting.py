@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_fipo.actor.train_step import UpdateResult
+from megatron_fipo.metrics.evaluation_table import evaluation_table
 from megatron_fipo.platform.device import peak_memory_bytes
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.trainer.state import Run
@@ -26,7 +27,7 @@ def report_start(run: Run, evaluation: Mapping[str, float]) -> None:
         metrics = {"step": 0, **evaluation, **times}
         run.directory.append_metrics(metrics)
         run.progress.end_step(0, metrics)
-        _log_evaluation(0, evaluation)
+        _log_evaluation(run, 0, evaluation)
 
 
 def report_step(
@@ -55,7 +56,7 @@ def report_step(
     run.directory.append_metrics(metrics)
     run.progress.end_step(step, metrics)
     _log_step(run, metrics)
-    _log_evaluation(step, evaluation)
+    _log_evaluation(run, step, evaluation)
 
 
 def _batch_metrics(batch: TrainBatch) -> dict[str, float]:
@@ -165,16 +166,19 @@ def _log_step(run: Run, metrics: Mapping[str, Any]) -> None:
     logger.info("%s (%.1f s)", ", ".join(parts), seconds)
 
 
-def _log_evaluation(step: int, evaluation: Mapping[str, float]) -> None:
+def _log_evaluation(run: Run, step: int, evaluation: Mapping[str, float]) -> None:
     if not evaluation:
         return
     greedy = evaluation.get("eval/greedy_accuracy")
     logger.info(
-        "evaluation after step %d: accuracy %.3f (95 %% interval %.3f to %.3f) on %d held-out problems%s",
+        "evaluation after step %d: accuracy %.3f (%g %% interval %.3f to %.3f) on %d held-out problems%s",
         step,
         evaluation["eval/accuracy"],
+        100 * run.config.evaluation.confidence,
         evaluation["eval/accuracy_low"],
         evaluation["eval/accuracy_high"],
         evaluation["eval/num_problems"],
         "" if greedy is None else f", greedy {greedy:.3f}",
     )
+    if run.config.evaluation.samples_per_problem > 1:
+        logger.info("by source:\n%s", "\n".join(evaluation_table(evaluation)))

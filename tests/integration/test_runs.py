@@ -106,7 +106,8 @@ def test_a_recording_run_writes_batches_and_updates_nothing(parallel_runs: dict[
 
 EVALUATION = {
     *("eval/num_problems", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"),
-    *("eval/response_length_mean", "eval/greedy_accuracy", "time/evaluation_s"),
+    *("eval/response_length_mean", "eval/truncated_fraction", "time/evaluation_s"),
+    *("eval/greedy_accuracy", "eval/greedy_accuracy_low", "eval/greedy_accuracy_high"),
 }
 ROLLOUT = {
     *("reward_mean", "num_sequences", "response_length_mean", "response_length_max", "prompt_length_mean"),

@@ -1,0 +1,50 @@
+"""Files of one JSON object a line, appended durably and cut back to whole lines after a crash."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def append_lines(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
+    """Add one line for each object and wait until they are on disk; numbers that are not finite become null."""
+    lines = [json.dumps(_finite(each), ensure_ascii=False, allow_nan=False) + "\n" for each in objects]
+    # Half a surrogate pair, which a JSON file may hold, is written as the JSON escape it was.
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Objects of a file up to its first line that is not whole, as a killed writer leaves one at the end.
+
+    Returns:
+        The objects, and the size in bytes of the file up to the end of each.
+    """
+    objects: list[dict[str, Any]] = []
+    ends: list[int] = []
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                content = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                content = None
+            if not isinstance(content, dict):
+                break
+            end += len(line)
+            objects.append(content)
+            ends.append(end)
+    return objects, ends
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that are not finite, which JSON does not know, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
