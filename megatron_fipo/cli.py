@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 USAGE = """\
 megatron-fipo train CONFIG.yaml [--section.field value ...]
 
-  train     Run the configuration. Start it with torchrun on several ranks, or plainly on one.
+  train     Run the configuration. Start it with srun (slurm/train.sbatch) or
+            torchrun on several ranks, or plainly on one.
             `--mode rollout_only` records rollouts, `--mode train_only` trains on recorded ones.
 
 `megatron-fipo train --help` lists every field.
@@ -35,10 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(words: Sequence[str]) -> int:
     from megatron_fipo.config.base import ConfigError
+    from megatron_fipo.launch.slurm import rank_variables
 
     try:
+        os.environ.update(rank_variables(os.environ))
         return _run(words)
     except ConfigError as error:
+        # Without a rank (the launcher's variables are wrong, perhaps on this one alone) every process speaks.
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron-fipo: {error}", file=sys.stderr)
         return 2
@@ -56,27 +60,13 @@ def _run(words: Sequence[str]) -> int:
         print(f"megatron-fipo: train needs a configuration file first\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     config = load_config(RunConfig, Path(words[0]), words[1:])
-    _check_launcher()
     config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
     return _train_on_ranks(config)
 
 
-def _check_launcher() -> None:
-    """Refuse to be one of several Slurm tasks that do not know of each other."""
-    from megatron_fipo.config.base import ConfigError
-
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if "WORLD_SIZE" not in os.environ and tasks != "1" and "SLURM_PROCID" in os.environ:
-        raise ConfigError(
-            field="SLURM_NTASKS",
-            value=tasks,
-            rule="several tasks were started without RANK and WORLD_SIZE, so each would be a run of its own",
-            way_out="start one torchrun on each node with srun",
-        )
-
-
 def _train_on_ranks(config: "RunConfig") -> int:
     # Heavy imports come after the configuration was read, so that its errors are instant.
+    from megatron_fipo.display.watch import watch_run
     from megatron_fipo.runtime.errors import RunError
     from megatron_fipo.runtime.logging import setup_logging
     from megatron_fipo.trainer.build import build_run
@@ -85,8 +75,8 @@ def _train_on_ranks(config: "RunConfig") -> int:
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank)
     try:
-        with _process_group():
-            train(build_run(config))
+        with _process_group(), watch_run(config.metrics.live_view, rank) as progress:
+            train(build_run(config, progress))
     except RunError as error:
         if rank == 0:
             print(f"megatron-fipo: the run stopped: {error}", file=sys.stderr)
@@ -96,7 +86,7 @@ def _train_on_ranks(config: "RunConfig") -> int:
 
 @contextmanager
 def _process_group() -> Iterator[None]:
-    """Join the ranks that torchrun started, or be the only rank."""
+    """Join the ranks that torchrun or srun started, or be the only rank."""
     import torch
     import torch.distributed as dist
 
@@ -105,6 +95,7 @@ def _process_group() -> Iterator[None]:
     from megatron_fipo.runtime.errors import RunError
 
     if uses_cuda():
+        _check_visible_devices(torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(compute_device())
     with tempfile.TemporaryDirectory(prefix="megatron_fipo_") as folder:
         if "WORLD_SIZE" in os.environ:
@@ -119,6 +110,22 @@ def _process_group() -> Iterator[None]:
             dist.destroy_process_group()
             raise
         dist.destroy_process_group()
+
+
+def _check_visible_devices(num_devices: int, local_rank: int) -> None:
+    """Refuse a rank whose device is hidden from it."""
+    from megatron_fipo.config.base import require
+
+    require(
+        local_rank < num_devices,
+        field="LOCAL_RANK",
+        value=local_rank,
+        rule=f"each rank of a node uses the device of its number, and this one sees only {num_devices}",
+        way_out=(
+            "start as many ranks on a node as it has devices, and let each see them all (Slurm: --gpus-per-node, not "
+            "--gpus-per-task or --gpu-bind)"
+        ),
+    )
 
 
 if __name__ == "__main__":

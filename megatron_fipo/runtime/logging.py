@@ -18,12 +18,22 @@ def setup_logging(rank: int, level: int = logging.INFO) -> None:
         level: Lowest level that rank 0 shows of this package's own lines.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
-    own = logging.getLogger("megatron_fipo")
+    handler.setFormatter(line_format(rank))
+    own = own_logger()
     own.handlers[:] = [handler]
     own.setLevel(level if rank == 0 else logging.WARNING)
     own.propagate = False
     quiet_upstream()
+
+
+def own_logger() -> logging.Logger:
+    """The logger above all of this package's."""
+    return logging.getLogger("megatron_fipo")
+
+
+def line_format(rank: int) -> logging.Formatter:
+    """How a log line of a rank looks."""
+    return logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S")
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 
-class Progress(Protocol):
-    """A watcher of the run. Its methods are called between pieces of work, so they return at once and never fail."""
+class Progress:
+    """A watcher of the run that watches nothing; others override what they want to hear.
+
+    Its methods are called between pieces of work, so they return at once and never fail.
+    """
 
     def begin_run(self, directory: Path, num_steps: int) -> None:
         """The loop begins.
@@ -35,8 +38,4 @@ class Progress(Protocol):
         """A step's metrics are written."""
 
 
-class NoProgress(Progress):
-    """Watches nothing."""
-
-
-NO_PROGRESS = NoProgress()
+NO_PROGRESS = Progress()

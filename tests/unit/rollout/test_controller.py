@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from megatron_fipo.config.rollout import RolloutConfig
-from megatron_fipo.data.sampler import PromptSampler
 from megatron_fipo.rewards.base import RewardError
 from megatron_fipo.rollout.admission import Admission, NoSignalError
 from megatron_fipo.rollout.controller import Rollout, RolloutController
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters, WeightBucket
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
-from megatron_fipo.runtime.progress import NoProgress
+from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
 
@@ -81,14 +80,28 @@ def make_prompts(answers: str) -> list[Prompt]:
     ]
 
 
+class Prompts:
+    """Draws the prompts in turn, epoch after epoch."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts, self.num_drawn = prompts, 0
+
+    @property
+    def epoch(self) -> int:
+        return self.num_drawn // len(self.prompts)
+
+    def next(self, n: int) -> list[Prompt]:
+        drawn = [self.prompts[number % len(self.prompts)] for number in range(self.num_drawn, self.num_drawn + n)]
+        self.num_drawn += n
+        return drawn
+
+
 def make_controller(answers: str, engine: SeedEngine | None = None, **config: Any) -> RolloutController:
     values = {"num_prompts_per_step": 4, "group_size": 4, "max_generation_rounds": 3} | config
     drop = values.pop("drop", True)
-    prompts = make_prompts(answers)
     return RolloutController(
         engine=engine or SeedEngine(),
-        prompts=prompts,
-        sampler=PromptSampler(len(prompts), seed=0, shuffle=False),
+        stream=Prompts(make_prompts(answers)),
         scorer=FirstTokenScorer(),
         decode=lambda ids: " ".join(map(str, ids)),
         config=RolloutConfig(**values),
@@ -351,7 +364,7 @@ def test_a_response_that_cannot_be_scored_ends_the_run() -> None:
         rollout(make_controller("srss"))
 
 
-class Listener(NoProgress):
+class Listener(Progress):
     def __init__(self) -> None:
         self.counts: list[tuple[int, int]] = []
         self.responses: list[tuple[str, str, float]] = []

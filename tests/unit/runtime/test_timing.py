@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from megatron_fipo.runtime.progress import NoProgress
+from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.runtime.timing import PhaseTimer
 
 
@@ -30,7 +30,7 @@ def test_a_phase_that_fails_is_counted() -> None:
     assert timer.drain()["time/update_s"] >= 0
 
 
-class Listener(NoProgress):
+class Listener(Progress):
     def __init__(self) -> None:
         self.heard: list[tuple[str, float | None]] = []
 
