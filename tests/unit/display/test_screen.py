@@ -35,7 +35,7 @@ class Clock:
 
 
 def running(clock: Clock, steps: int = 2, **metrics: Any) -> LiveState:
-    """A run of ten steps, of which so many took 4 s of generation, 3 s of updates and 1 s between; then half a rollout."""
+    """A run of ten steps, some of them done: 4 s of generation, 3 s of updates, 1 s between; then half a rollout."""
     state = LiveState(clock)
     state.begin_run(Path("runs/arithmetic"), 10)
     for step in range(1, steps + 1):
