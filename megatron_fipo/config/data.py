@@ -1,5 +1,7 @@
 """Where prompts come from."""
 
+import math
+import re
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,31 +15,86 @@ overlap."""
 _LARGEST_SEED = 2**32 // PROBLEMS_PER_SEED - 1
 
 
+def _require_name_and_weight(name: str | None, weight: float) -> None:
+    require(
+        name is None or re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None,
+        field="name",
+        value=name,
+        rule="must be made of letters, digits, dots, hyphens and underscores, because metrics are named after it",
+        way_out='give a short name, such as "gsm8k"',
+    )
+    require(
+        0 < weight < math.inf,
+        field="weight",
+        value=weight,
+        rule="must be positive and finite: it is the source's share of the draws, relative to the others'",
+        way_out="give a positive number, or leave the source out",
+    )
+
+
 @config_class
-class JsonlPrompts:
-    """Prompts from a JSONL file: one object a line."""
+class FilePrompts:
+    """What prompt files of every format have in common."""
+
+    path: Path
+    """The file."""
+
+    name: str | None = None
+    """Name of the source in metrics and prompt ids; null takes the file's name without its ending."""
+
+    weight: float = 1.0
+    """Share of the draws, relative to the weights of the other training sources."""
+
+    prompt_field: str | None = None
+    """Column of the prompt: text, or with prompt_format chat also a list of messages. A dotted path reaches into nested
+    columns. Null recognises the columns (docs/data.md); with answer_field given it is "prompt"."""
+
+    answer_field: str | None = None
+    """Column of the reference answer: text, or a number, which is kept as it is written. A dotted path such as
+    reward_model.ground_truth reaches into nested columns. Null recognises the columns; with prompt_field given it is
+    "answer"."""
+
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the reference within the answer column, the last match counting; null
+    takes the whole column, or what a recognised schema says."""
+
+    def __post_init__(self) -> None:
+        """Check values and combinations."""
+        _require_name_and_weight(self.name, self.weight)
+        for name in ("prompt_field", "answer_field"):
+            require(
+                getattr(self, name) is None or all(getattr(self, name).split(".")),
+                field=name,
+                value=getattr(self, name),
+                rule="must name a column, or nested columns with a dot between them",
+                way_out='write it like "question" or "reward_model.ground_truth"',
+            )
+        if self.prompt_field is not None or self.answer_field is not None:
+            require(
+                (self.prompt_field or "prompt") != (self.answer_field or "answer"),
+                field="answer_field",
+                value=self.answer_field or "answer",
+                rule="must differ from prompt_field",
+                way_out="name the key that holds the reference answer",
+            )
+        if self.answer_pattern is not None:
+            require_pattern(self.answer_pattern, field="answer_pattern", group_holds="the reference answer")
+
+
+@config_class
+class JsonlPrompts(FilePrompts):
+    """Prompts from a JSONL file: one object a line, in UTF-8."""
 
     type: Literal["jsonl"] = "jsonl"
     """Selects this kind."""
 
-    path: Path
-    """The file, in UTF-8."""
 
-    prompt_field: str = "prompt"
-    """Key of the prompt: a string, or with prompt_format chat also a list of chat messages."""
+@config_class
+class ParquetPrompts(FilePrompts):
+    """Prompts from a Parquet file."""
 
-    answer_field: str = "answer"
-    """Key of the reference answer: a string, or a number, which is kept as it is written."""
-
-    def __post_init__(self) -> None:
-        """Check combinations."""
-        require(
-            self.prompt_field != self.answer_field,
-            field="answer_field",
-            value=self.answer_field,
-            rule="must differ from prompt_field",
-            way_out="name the key that holds the reference answer",
-        )
+    type: Literal["parquet"] = "parquet"
+    """Selects this kind."""
 
 
 @config_class
@@ -49,6 +106,12 @@ class ReasoningGymPrompts:
 
     task: str
     """Name of the task, such as chain_sum."""
+
+    name: str | None = None
+    """Name of the source in metrics and prompt ids; null takes "<task>-<seed>"."""
+
+    weight: float = 1.0
+    """Share of the draws, relative to the weights of the other training sources."""
 
     size: int = 10_000
     """Number of problems in the set."""
@@ -68,6 +131,7 @@ class ReasoningGymPrompts:
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
+        _require_name_and_weight(self.name, self.weight)
         require(
             1 <= self.size <= PROBLEMS_PER_SEED,
             field="size",
@@ -101,18 +165,31 @@ class ReasoningGymPrompts:
         )
 
 
-PromptSource = JsonlPrompts | ReasoningGymPrompts
+FileSource = JsonlPrompts | ParquetPrompts
+
+PromptSource = JsonlPrompts | ParquetPrompts | ReasoningGymPrompts
+
+
+def default_name(source: PromptSource) -> str:
+    """The name of a source that is given none, made from where its prompts come from."""
+    if isinstance(source, ReasoningGymPrompts):
+        return f"{source.task}-{source.seed}"
+    return re.sub(r"[^\w.-]", "_", source.path.stem, flags=re.ASCII) or "prompts"
 
 
 @config_class
 class DataConfig:
     """Training and evaluation prompts."""
 
-    train: PromptSource
-    """Prompts that rollouts are drawn from."""
+    train: PromptSource | tuple[PromptSource, ...]
+    """Prompts that rollouts are drawn from: one source, or a list of sources with weights."""
 
-    evaluation: PromptSource | None = None
-    """Held-out prompts; null leaves evaluation out."""
+    evaluation: PromptSource | tuple[PromptSource, ...] | None = None
+    """Held-out prompts: one source, or a list of sources; null leaves evaluation out, or takes held_out."""
+
+    held_out: int | float | None = None
+    """Prompts taken from the training sources for evaluation and never drawn for training: a number of them, or a
+    fraction below 1. Which ones depends on their content alone. Null takes none."""
 
     prompt_format: Literal["chat", "raw"] = "chat"
     """"chat" puts the prompt through the tokenizer's chat template, "raw" tokenizes the text as it is (with the
@@ -121,14 +198,26 @@ class DataConfig:
     system_prompt: str | None = None
     """System message in front of every chat prompt that does not bring its own."""
 
+    min_prompt_tokens: int = 1
+    """Shorter prompts are skipped and counted."""
+
     max_prompt_tokens: int = 2048
     """Longer prompts are skipped and counted."""
+
+    deduplicate: bool = True
+    """Of prompts with the same content, white space aside, keep the first; counted over all training sources, and
+    within each evaluation source."""
 
     shuffle: bool = True
     """Draw prompts in a seeded random order, anew each epoch; else in file order."""
 
+    epochs: int | None = None
+    """How often each prompt may be drawn at most; the run ends when a source's prompts have been. Null sets no
+    bound."""
+
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
+        self._check_sources()
         require(
             self.max_prompt_tokens >= 1,
             field="max_prompt_tokens",
@@ -137,9 +226,84 @@ class DataConfig:
             way_out="2048 is a good value",
         )
         require(
+            1 <= self.min_prompt_tokens <= self.max_prompt_tokens,
+            field="min_prompt_tokens",
+            value=self.min_prompt_tokens,
+            rule=f"must lie in [1, max_prompt_tokens = {self.max_prompt_tokens}]",
+            way_out="1 keeps every prompt",
+        )
+        require(
             self.system_prompt is None or self.prompt_format == "chat",
             field="system_prompt",
             value=self.system_prompt,
             rule='needs prompt_format = "chat"',
             way_out='set prompt_format to "chat", or put the text into the prompts',
         )
+        require(
+            self.epochs is None or self.epochs >= 1,
+            field="epochs",
+            value=self.epochs,
+            rule="must be at least 1",
+            way_out="give how often each prompt may be drawn, or null for no bound",
+        )
+        if self.held_out is not None:
+            self._check_held_out(self.held_out)
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there are prompts to evaluate on."""
+        return self.evaluation is not None or self.held_out is not None
+
+    def _check_sources(self) -> None:
+        for field_name, given in (("train", self.train), ("evaluation", self.evaluation)):
+            if not isinstance(given, tuple):
+                continue
+            require(
+                len(given) > 0,
+                field=field_name,
+                value="[]",
+                rule="must name at least one source",
+                way_out="add a source" if field_name == "train" else "set it to null for none",
+            )
+            names = [source.name or default_name(source) for source in given]
+            for place, name in enumerate(names):
+                require(
+                    name not in names[:place],
+                    field=f"{field_name}.{place}.name",
+                    value=name,
+                    rule=f"is also the name of {field_name}.{names.index(name)}, and results are told apart by it",
+                    way_out="give each source a name of its own",
+                )
+        for place, source in enumerate(self.evaluation if isinstance(self.evaluation, tuple) else [self.evaluation]):
+            require(
+                source is None or source.weight == 1.0,
+                field=f"evaluation.{place}.weight" if isinstance(self.evaluation, tuple) else "evaluation.weight",
+                value=None if source is None else source.weight,
+                rule="has no meaning for evaluation, which takes every source's prompts in turn",
+                way_out="leave it out",
+            )
+
+    def _check_held_out(self, held_out: int | float) -> None:
+        require(
+            self.evaluation is None,
+            field="held_out",
+            value=held_out,
+            rule="must be null where evaluation names prompts",
+            way_out="keep one of the two",
+        )
+        if isinstance(held_out, float):
+            require(
+                0 < held_out < 1,
+                field="held_out",
+                value=held_out,
+                rule="must lie in (0, 1) to be a fraction of the training prompts",
+                way_out="write a fraction such as 0.01, or a number of prompts such as 500",
+            )
+        else:
+            require(
+                held_out >= 1,
+                field="held_out",
+                value=held_out,
+                rule="must be at least 1 to be a number of prompts",
+                way_out="write a number such as 500, or null for none",
+            )

@@ -1,6 +1,6 @@
 """The rollout controller: from prompts to full batches of scored groups.
 
-It owns the prompt sampler, the requests in flight, rewards, dynamic sampling and the staleness bound, and speaks to any
+It owns the prompt stream, the requests in flight, rewards, dynamic sampling and the staleness bound, and speaks to any
 engine through `RolloutEngine`.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_fipo.config.rollout import RolloutConfig
-from megatron_fipo.data.sampler import PromptSampler
+from megatron_fipo.data.stream import PromptStream
 from megatron_fipo.rewards.base import Scorer
 from megatron_fipo.rollout.admission import Admission, NoSignalError
 from megatron_fipo.rollout.engine import (
@@ -48,8 +48,7 @@ class RolloutController:
 
     Attributes:
         engine: Generates.
-        prompts: All training prompts.
-        sampler: Order of the prompts.
+        stream: The training prompts.
         scorer: Rewards.
         decode: Token ids to text.
         config: Batch size, sampling and bounds.
@@ -62,8 +61,7 @@ class RolloutController:
     """
 
     engine: RolloutEngine
-    prompts: Sequence[Prompt]
-    sampler: PromptSampler
+    stream: PromptStream
     scorer: Scorer
     decode: Decode
     config: RolloutConfig
@@ -90,7 +88,7 @@ class RolloutController:
         rewards: list[float] = []
         while admission.missing and rounds < self.config.max_generation_rounds:
             count = math.ceil(admission.missing * self.config.over_sampling)
-            prompts = [self.prompts[index] for index in self.sampler.next_indices(count)]
+            prompts = self.stream.next(count)
             groups = await self.generate_groups(prompts, self.config.group_size, f"{step}.{rounds}", self.sampling)
             for group in groups:
                 rewards += [sample.reward for sample in group.samples]
@@ -102,7 +100,7 @@ class RolloutController:
             "rollout/groups_generated": num_generated,
             **admission.counters(),
             "rollout/groups_filled_up": self._fill_up(step, admission, num_generated),
-            "rollout/epoch": self.sampler.epoch,
+            "rollout/epoch": self.stream.epoch,
         }
         if rewards:
             counters["rollout/reward_mean_all"] = sum(rewards) / len(rewards)

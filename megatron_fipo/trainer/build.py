@@ -16,8 +16,8 @@ from megatron_fipo.config.base import require
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
-from megatron_fipo.data.prompts import count_shared, load_prompts
-from megatron_fipo.data.sampler import PromptSampler
+from megatron_fipo.data.evaluation import load_evaluation_prompts
+from megatron_fipo.data.stream import PromptStream
 from megatron_fipo.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_fipo.parallel.context import ParallelContext, build_parallel_context
 from megatron_fipo.platform.device import DTYPES
@@ -95,15 +95,14 @@ def _prepare_generation(
     _check_positions(config, data.max_prompt_tokens, bridge)
     tokenizer = load_tokenizer(config.model.path, bridge.vocab_size)
     scorer = build_scorer(config.reward)
-    train = load_prompts(data.train, data, tokenizer, "data.train").prompts
-    check_prompts(config.reward, train, "data.train")
+    stream = PromptStream(data, tokenizer, derive_seed(config.seed, "prompts"))
+    check_prompts(config.reward, [prompt for first in stream.first_prompts.values() for prompt in first], "data.train")
+    _check_epochs(config, stream)
     held_out: tuple[Prompt, ...] = ()
-    if data.evaluation is not None:
-        usable = load_prompts(data.evaluation, data, tokenizer, "data.evaluation").prompts
+    if data.has_evaluation:
+        usable = load_evaluation_prompts(data, tokenizer, limit=config.evaluation.num_prompts, stream=stream)
         check_prompts(config.reward, usable, "data.evaluation")
         held_out = select_prompts(usable, config.evaluation.num_prompts)
-        if shared := count_shared(train, held_out):
-            logger.warning("%d of %d evaluation prompts also occur among the training prompts", shared, len(held_out))
     sampling = SamplingParameters(
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
@@ -114,8 +113,7 @@ def _prepare_generation(
     def make(engine: RolloutEngine, progress: Progress) -> tuple[RolloutController, Sequence[Prompt]]:
         controller = RolloutController(
             engine=engine,
-            prompts=train,
-            sampler=PromptSampler(len(train), derive_seed(config.seed, "prompts"), data.shuffle),
+            stream=stream,
             scorer=scorer,
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
             config=config.rollout,
@@ -127,6 +125,17 @@ def _prepare_generation(
         return controller, held_out
 
     return make
+
+
+def _check_epochs(config: RunConfig, stream: PromptStream) -> None:
+    needed = config.num_steps * config.rollout.num_prompts_per_step
+    require(
+        needed <= stream.most_prompts,
+        field="data.epochs",
+        value=config.data.epochs if config.data else None,
+        rule=f"gives at most {stream.most_prompts:,.0f} prompts, and num_steps = {config.num_steps} need {needed:,}",
+        way_out="allow more epochs, or set it to null",
+    )
 
 
 def _check_positions(config: RunConfig, max_prompt_tokens: int, bridge: HfBridge) -> None:

@@ -35,7 +35,7 @@ def evaluate_when_due(run: Run, step: int) -> dict[str, float]:
     every = run.config.evaluation.every_steps
     due = step in (0, run.config.num_steps) or (every > 0 and step % every == 0)
     data = run.config.data
-    if not due or run.rollout is None or data is None or data.evaluation is None or run.config.mode != "train":
+    if not due or run.rollout is None or data is None or not data.has_evaluation or run.config.mode != "train":
         return {}
     with run.timer.phase("evaluation"):
         return run.rollout.generate(lambda controller: _evaluate(run, controller, step)) or {}

@@ -5,9 +5,9 @@ import pytest
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.data import PROBLEMS_PER_SEED, DataConfig, JsonlPrompts, ReasoningGymPrompts
 from megatron_fipo.data.generate_problems import generate
-from megatron_fipo.data.problem import BadRow
-from megatron_fipo.data.prompts import load_prompts
-from megatron_fipo.data.reasoning_gym import _read_problem, make_problems
+from megatron_fipo.data.problem import UnusableRow
+from megatron_fipo.data.reasoning_gym import ReasoningGymRows, _read_problem
+from megatron_fipo.data.source import open_sources
 from tests.tiny_models import byte_tokenizer
 
 reasoning_gym = pytest.importorskip("reasoning_gym", reason="an extra of the package")
@@ -30,7 +30,8 @@ MIXTURE = ReasoningGymPrompts(
 
 def load(source):
     config = DataConfig(train=source, prompt_format="raw")
-    return load_prompts(source, config, byte_tokenizer(), "data.train").prompts
+    (opened,) = open_sources(source, config, byte_tokenizer(), "data.train")
+    return list(opened.prompts({}))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_problems_do_not_depend_on_the_global_generator():
 
 def test_an_unknown_task_is_an_error_with_close_names():
     with pytest.raises(ConfigError) as caught:
-        list(make_problems(ReasoningGymPrompts(task="chainsum"), "data.evaluation"))
+        ReasoningGymRows(ReasoningGymPrompts(task="chainsum"), "data.evaluation")
     message = str(caught.value)
     assert message.startswith("data.evaluation.task = chainsum: reasoning-gym has no such task; did you mean chain_sum")
 
@@ -121,7 +122,7 @@ def test_bad_parameters_are_told(task, parameters, problem):
 def test_parameters_that_are_no_plain_values():
     source = ReasoningGymPrompts(task="chain_sum", parameters={"min_terms": {1, 2}})
     with pytest.raises(ConfigError, match=r"^data\.train\.parameters = .* must be made of text, numbers"):
-        list(make_problems(source, "data.train"))
+        ReasoningGymRows(source, "data.train")
 
 
 def test_a_problem_that_cannot_be_made_is_a_bad_row():
@@ -129,8 +130,8 @@ def test_a_problem_that_cannot_be_made_is_a_bad_row():
     parameters = {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 2, "min_target": 999}
     reply = generate("countdown", 2, 0, parameters)
     assert [list(problem) for problem in reply["problems"]] == [["error"], ["error"]]
-    row = _read_problem(1, reply["problems"][1], ReasoningGymPrompts(task="countdown"))
-    assert isinstance(row, BadRow) and (row.row, row.reason) == (1, "broken")
+    row = _read_problem(reply["problems"][1], ReasoningGymPrompts(task="countdown"))
+    assert isinstance(row, UnusableRow) and row.reason == "broken"
     assert "the generator failed (ValueError" in row.detail
 
 

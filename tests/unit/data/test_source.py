@@ -1,6 +1,6 @@
 import json
 import logging
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ from tokenizers import processors
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.data import DataConfig, JsonlPrompts
-from megatron_fipo.data.prompts import PromptSet, count_shared, load_prompts
+from megatron_fipo.data.row_index import SkippedRows
+from megatron_fipo.data.source import open_sources
 from megatron_fipo.types import Prompt
 from tests.tiny_models import EOS_TOKEN_ID, byte_tokenizer
 
@@ -24,17 +25,33 @@ def chat_tokenizer(template=TEMPLATE):
     return tokenizer
 
 
+@dataclass
+class Loaded:
+    prompts: list[Prompt]
+    skipped: dict[str, SkippedRows]
+
+
+def read_all(source, config, tokenizer, field) -> Loaded:
+    (opened,) = open_sources(source, config, tokenizer, field)
+    opened.report()
+    skipped = {}
+    prompts = list(opened.prompts(skipped))
+    if not prompts:
+        raise opened.unusable(skipped)
+    return Loaded(prompts, opened.rows.index.skipped | skipped)
+
+
 @pytest.fixture
 def load(tmp_path):
     """Write rows, given as objects or as raw lines, and load them."""
 
-    def load_rows(*rows, tokenizer=None, prompt_field="prompt", answer_field="answer", **options) -> PromptSet:
+    def load_rows(*rows, tokenizer=None, prompt_field=None, answer_field=None, **options) -> Loaded:
         path = tmp_path / "train.jsonl"
         lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
         path.write_bytes(b"\n".join(lines))
         source = JsonlPrompts(path=path, prompt_field=prompt_field, answer_field=answer_field)
         config = DataConfig(train=source, **{"prompt_format": "raw", **options})
-        return load_prompts(source, config, tokenizer or chat_tokenizer(), "data.train")
+        return read_all(source, config, tokenizer or chat_tokenizer(), "data.train")
 
     return load_rows
 
@@ -121,7 +138,7 @@ GOOD = {"prompt": "q", "answer": "a"}
         (b'{"prompt": "q", "answer": ', "broken", "not JSON"),
         (b'{"prompt": "\xff", "answer": "a"}', "broken", "not UTF-8"),
         (b"[" * 100_000, "broken", "nested too deep"),
-        ([1], "broken", "not a JSON object"),
+        ([1], "broken", "not an object with columns"),
         ({"prompt": 5, "answer": "a"}, "broken", "neither text nor a list"),
         ({"prompt": {"role": "user"}, "answer": "a"}, "broken", "neither text nor a list"),
         ({"prompt": ["hi"], "answer": "a"}, "broken", "a text role and content"),
@@ -146,8 +163,7 @@ def test_a_bad_row_is_skipped_and_counted(load, row, reason, detail):
     assert [prompt.id for prompt in loaded.prompts] == ["train:1", "train:3"]
     assert list(loaded.skipped) == [reason]
     rows = loaded.skipped[reason]
-    assert (rows.count, rows.first_rows) == (1, (2,)) and detail in rows.detail
-    assert loaded.num_skipped == 1
+    assert (rows.count, rows.first_rows) == (1, [2]) and detail in rows.detail
 
 
 def test_the_longest_prompt_allowed(load):
@@ -159,7 +175,7 @@ def test_the_longest_prompt_allowed(load):
 def test_blank_lines_are_no_rows_but_keep_the_numbers(load):
     loaded = load(GOOD, b"", b"  \r", GOOD, b"")
     assert [prompt.id for prompt in loaded.prompts] == ["train:1", "train:4"]
-    assert loaded.num_skipped == 0
+    assert not loaded.skipped
 
 
 def test_line_separators_inside_text_do_not_split_rows(load):
@@ -187,7 +203,7 @@ def test_the_report_names_the_first_rows_of_each_reason(load, caplog):
     broken, no_answer = caplog.messages
     assert "skipped 7 broken rows (2, 3, 4, 5, 6, ...), the first with not JSON" in broken
     assert 'skipped 1 no_answer row (9), the first with no "answer"' in no_answer
-    assert all(message.startswith("data.train = ") for message in caplog.messages)
+    assert all(message.startswith("data.train.path = ") for message in caplog.messages)
 
 
 def test_a_source_without_usable_prompts_is_an_error(load):
@@ -202,7 +218,7 @@ def test_a_file_that_cannot_be_opened(tmp_path, name):
     source = JsonlPrompts(path=tmp_path / name)
     config = DataConfig(train=source, prompt_format="raw")
     with pytest.raises(ConfigError, match=r"^data\.evaluation\.path = .*: must be a readable file"):
-        load_prompts(source, config, byte_tokenizer(), "data.evaluation")
+        open_sources(source, config, byte_tokenizer(), "data.evaluation")
 
 
 def test_chat_without_a_template(load):
@@ -225,35 +241,3 @@ def test_a_template_that_fails_always(load):
     tokenizer = chat_tokenizer("{{ raise_exception('never') }}")
     message = refusal(load, GOOD, tokenizer=tokenizer, prompt_format="chat")
     assert message.startswith("data.prompt_format = chat: ") and "never" in message
-
-
-def test_count_shared_compares_tokens(load):
-    texts = [{"prompt": text, "answer": "a"} for text in ("a", "b", "b", "c")]
-    train, held_out = load(*texts).prompts, load(*texts[1:], {"prompt": "d", "answer": "a"}).prompts
-    assert count_shared(train, held_out) == 3
-    assert count_shared(train, held_out[3:]) == 0
-
-
-def test_the_fingerprint_tells_other_prompts_apart(load):
-    base = load(GOOD, GOOD).fingerprint
-    assert base == load(GOOD, GOOD).fingerprint
-    assert base == replace(load(GOOD, GOOD), skipped={}).fingerprint
-    others = [
-        load(GOOD),
-        load(GOOD, GOOD, GOOD),
-        load(GOOD, {"prompt": "q", "answer": "b"}),
-        load(GOOD, {"prompt": "r", "answer": "a"}),
-        load(GOOD, b"", GOOD),
-    ]
-    assert len({base, *(other.fingerprint for other in others)}) == 6
-
-
-def test_the_fingerprint_knows_where_a_field_ends():
-    halves = [("ab", [], "c"), ("a", [ord("b")], "c"), ("ab\0\0\0", [], "c")]
-    sets = [
-        PromptSet(
-            prompts=(Prompt(id=name, token_ids=np.array(ids, dtype=np.int32), text="", answer=answer),), skipped={}
-        )
-        for name, ids, answer in halves
-    ]
-    assert len({each.fingerprint for each in sets}) == 3
