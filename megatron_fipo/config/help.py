@@ -1,6 +1,7 @@
 """The help text of a command: every field of every section, each variant of a section included."""
 
 import ast
+import dataclasses
 import inspect
 import itertools
 import textwrap
@@ -31,24 +32,36 @@ def _section_lines(cls: Any, keys: tuple[str, ...], title: str, width: int) -> l
     below: list[str] = []
     documentation = _field_documentation(cls)
     for field_name, (annotation, field) in fields_of(cls).items():
-        path = (*keys, field_name)
+        path, text = (*keys, field_name), documentation.get(field_name, "")
         sections = sections_in(annotation)
-        for section in sections:
-            kind = get_args(fields_of(section)["type"][0])[0] if len(sections) > 1 else None
-            name = ".".join(path) + (f" (type {kind})" if kind else "")
-            below += ["", *_section_lines(section, path, f"{name}: {documentation.get(field_name, '')}", width)]
+        below += _lines_below(sections, path, text, width)
+        container = container_of(annotation)
+        if container and not sections:
+            below += _lines_below(sections_in(container[1]), (*path, "KEY"), text, width)
         if not sections:
             lines.append(f"  --{'.'.join(path)} {_describe_type(annotation)}")
-            text = f"{documentation.get(field_name, '')} ({_describe_default(field)})"
+            text = f"{text} ({_describe_default(field)})"
             lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines + below
+
+
+def _lines_below(sections: list[Any], path: tuple[str, ...], text: str, width: int) -> list[str]:
+    """The sections that a field may hold, its variants one after the other."""
+    lines: list[str] = []
+    for section in sections:
+        kind = get_args(fields_of(section)["type"][0])[0] if len(sections) > 1 else None
+        name = ".".join(path) + (f" (type {kind})" if kind else "")
+        lines += ["", *_section_lines(section, path, f"{name}: {text}", width)]
+    return lines
 
 
 def _describe_type(annotation: Any) -> str:
     words: list[str] = []
     for member in members_of(annotation):
         container = container_of(member)
-        if get_origin(member) is Literal:
+        if dataclasses.is_dataclass(member):
+            words += [] if "section" in words else ["section"]
+        elif get_origin(member) is Literal:
             words.extend(str(choice) for choice in get_args(member))
         elif container:
             item = _describe_type(container[1])
@@ -64,6 +77,8 @@ def _describe_default(field: Any) -> str:
         return "required"
     if value is None or isinstance(value, bool):
         return f"default: {'null' if value is None else str(value).lower()}"
+    if isinstance(value, dict):
+        value = {key: f"type {each.type}" if dataclasses.is_dataclass(each) else each for key, each in value.items()}
     return f"default: {list(value) if isinstance(value, tuple) else value}"
 
 

@@ -108,6 +108,8 @@ class RunConfig:
             rule='must be "bfloat16" with model.dtype = "bfloat16": the weights that are exported have that precision',
             way_out='set it to "bfloat16"',
         )
+        if not recorded:
+            self.reward.check_response_limit(self.rollout.max_response_tokens)
         if self.data is None:
             require(
                 recorded,

@@ -65,6 +65,21 @@ _ROLLOUT = Section(
         Metric(name="rollout/groups_all_right", description="Those whose answers are all right.", unit="groups"),
         Metric(name="rollout/groups_stale", description="Groups refused for their age.", unit="groups"),
         Metric(name="rollout/groups_incomplete", description="Groups refused for a missing reward.", unit="groups"),
+        Metric(
+            name="rollout/reward_errors",
+            description="Samples without a reward because a term of it failed, with `reward.on_error: skip`.",
+            unit="samples",
+        ),
+        Metric(
+            name="rollout/reward_timeouts",
+            description="Samples whose answer was given up for its time or memory, which counts as wrong.",
+            unit="samples",
+        ),
+        Metric(
+            name="rollout/reward_bad_references",
+            description="Samples without a reward because their prompt's reference answer cannot be used.",
+            unit="samples",
+        ),
         Metric(name="rollout/groups_carried_in", description="Groups left over from earlier steps.", unit="groups"),
         Metric(name="rollout/groups_surplus", description="Groups left over for later steps.", unit="groups"),
         Metric(

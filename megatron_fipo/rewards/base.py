@@ -1,77 +1,93 @@
-"""What a scorer is, and what holds for every one of them."""
+"""What a term is given and what it gives back. Grading processes import this, so it imports no library."""
 
-import math
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.types import FinishReason, Prompt
-
-
-class Scorer(Protocol):
-    """Scores responses.
-
-    A scorer can be pickled and keeps no state between responses, so that it can work in other processes. It
-    may be slow on purpose-made input, which only ending its process can stop: give it a process that can be
-    ended.
-    """
-
-    def score(self, prompt: Prompt, response_text: str, finish_reason: FinishReason) -> float:
-        """Score one response.
-
-        Args:
-            prompt: The prompt it answers.
-            response_text: The decoded response, without its stop token.
-            finish_reason: How it ended.
-
-        Returns:
-            The reward.
-
-        Raises:
-            RewardError: There is no score.
-        """
-        ...
-
-
-class RewardError(RunError):
-    """A response that a scorer failed on.
-
-    Attributes:
-        prompt_id: The prompt's id.
-        problem: What happened.
-    """
-
-    def __init__(self, prompt_id: str, problem: str) -> None:
-        super().__init__(prompt_id, problem)
-        self.prompt_id = prompt_id
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"reward of a response to {self.prompt_id}: {self.problem}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckedScorer:
-    """Another scorer with the rules that hold for all: unfinished responses, failures, and finite rewards.
+class Response:
+    """One response with its prompt, as terms see it.
 
     Attributes:
-        scorer: The other scorer.
-        require_stop: A response that did not end by itself scores 0.
+        text: The decoded response, without its stop token.
+        finish_reason: "stop", "length" or "abort".
+        num_tokens: Response tokens, the stop token included.
+        prompt: The prompt's text.
+        reference: The reference answer, where the prompt has one.
+        metadata: What else the prompt's source tells.
     """
 
-    scorer: Scorer
-    require_stop: bool
+    text: str
+    finish_reason: str = "stop"
+    num_tokens: int = 0
+    prompt: str = ""
+    reference: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
-    def score(self, prompt: Prompt, response_text: str, finish_reason: FinishReason) -> float:
-        """Score one response, as `Scorer.score`."""
-        if self.require_stop and finish_reason != "stop":
-            return 0.0
-        try:
-            reward = float(self.scorer.score(prompt, response_text, finish_reason))
-        except RewardError:
-            raise
-        except Exception as error:
-            raise RewardError(prompt.id, f"{type(error).__name__}: {error}") from error
-        if not math.isfinite(reward):
-            raise RewardError(prompt.id, f"{reward} is not a finite number")
-        return reward
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A term's opinion of one response.
+
+    Attributes:
+        score: Before the weight.
+        answer: The answer that was judged; None where none was found.
+    """
+
+    score: float
+    answer: str | None = None
+
+
+class Term(Protocol):
+    """Judges responses."""
+
+    def read_reference(self, response: Response) -> None:
+        """Read the reference answer, so that trouble with it is not taken for trouble with the answer.
+
+        Raises:
+            BadReferenceError: It cannot be read.
+        """
+        ...
+
+    def grade(self, response: Response) -> Verdict:
+        """Judge one response; any text gets a verdict."""
+        ...
+
+    def same_answer(self, first: str, second: str) -> bool:
+        """Whether two answers, as found in responses, are the same one."""
+        ...
+
+
+class BadReferenceError(ValueError):
+    """The reference answer of a prompt cannot be used: a defect of the data row."""
+
+
+class RewardError(RunError):
+    """A response without a reward.
+
+    Attributes:
+        sample_id: `prompt_id#index`.
+        problem: What happened.
+    """
+
+    def __init__(self, sample_id: str, problem: str) -> None:
+        super().__init__(sample_id, problem)
+        self.sample_id = sample_id
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"reward of {self.sample_id}: {self.problem}"
+
+
+def required_reference(response: Response) -> str:
+    """The reference answer, without outer white space.
+
+    Raises:
+        BadReferenceError: There is none.
+    """
+    if response.reference is None or not response.reference.strip():
+        raise BadReferenceError("there is no reference answer")
+    return response.reference.strip()

@@ -1,15 +1,15 @@
-"""Compares the answer with the reference."""
+"""Compares the answer with the reference, character by character."""
 
 import re
 from dataclasses import dataclass
 
-from megatron_fipo.rewards.answer import find_answer
-from megatron_fipo.types import FinishReason, Prompt
+from megatron_fipo.rewards.base import BadReferenceError, Response, Verdict
+from megatron_fipo.rewards.extraction import find_by_pattern
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExactMatchScorer:
-    """1 where the answer is the prompt's reference answer, both without outer white space; else 0.
+@dataclass(frozen=True, slots=True)
+class ExactMatch:
+    """1 where the answer is the reference answer, both without outer white space; else 0.
 
     Attributes:
         answer_pattern: Where the answer stands; None compares the whole response.
@@ -17,8 +17,17 @@ class ExactMatchScorer:
 
     answer_pattern: re.Pattern[str] | None
 
-    def score(self, prompt: Prompt, response_text: str, finish_reason: FinishReason) -> float:
-        """Score one response, as `Scorer.score`."""
-        if prompt.answer is None:
-            raise ValueError("the prompt has no reference answer to compare with")
-        return float(find_answer(response_text, self.answer_pattern) == prompt.answer.strip())
+    def read_reference(self, response: Response) -> None:
+        """Refuse a prompt without a reference answer, as `Term.read_reference`."""
+        if response.reference is None:
+            raise BadReferenceError("there is no reference answer")
+
+    def grade(self, response: Response) -> Verdict:
+        """Judge one response, as `Term.grade`."""
+        answer = find_by_pattern(response.text, self.answer_pattern)
+        assert response.reference is not None
+        return Verdict(float(answer == response.reference.strip()), answer)
+
+    def same_answer(self, first: str, second: str) -> bool:
+        """Whether the texts are the same, without outer white space."""
+        return first.strip() == second.strip()

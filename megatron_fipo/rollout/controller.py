@@ -12,7 +12,6 @@ import numpy as np
 
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.data.stream import PromptStream
-from megatron_fipo.rewards.base import Scorer
 from megatron_fipo.rollout.admission import Admission, NoSignalError
 from megatron_fipo.rollout.engine import (
     GenerationRequest,
@@ -20,6 +19,7 @@ from megatron_fipo.rollout.engine import (
     RolloutEngine,
     SamplingParameters,
 )
+from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.seeding import derive_seed
@@ -49,7 +49,7 @@ class RolloutController:
     Attributes:
         engine: Generates.
         stream: The training prompts.
-        scorer: Rewards.
+        scoring: Rewards.
         decode: Token ids to text.
         config: Batch size, sampling and bounds.
         sampling: How tokens are drawn.
@@ -62,7 +62,7 @@ class RolloutController:
 
     engine: RolloutEngine
     stream: PromptStream
-    scorer: Scorer
+    scoring: Scoring
     decode: Decode
     config: RolloutConfig
     sampling: SamplingParameters
@@ -99,6 +99,7 @@ class RolloutController:
             "rollout/generation_rounds": rounds,
             "rollout/groups_generated": num_generated,
             **admission.counters(),
+            **self.scoring.counters(),
             "rollout/groups_filled_up": self._fill_up(step, admission, num_generated),
             "rollout/epoch": self.stream.epoch,
         }
@@ -132,7 +133,7 @@ class RolloutController:
     async def generate_groups(
         self, prompts: Sequence[Prompt], group_size: int, seed_scope: str, sampling: SamplingParameters
     ) -> list[RolloutGroup]:
-        """Generate and score a group for every prompt.
+        """Generate and score a group for every prompt; responses without a reward are not in it.
 
         Args:
             prompts: The prompts; one may occur several times.
@@ -142,7 +143,7 @@ class RolloutController:
 
         Raises:
             NonFiniteError: The model gave a response without a probability.
-            RewardError: A response has no score.
+            RewardError: A response could not be scored, and `reward.on_error` is "fatal".
         """
         requests: dict[str, tuple[int, GenerationRequest]] = {}
         for place, prompt in enumerate(prompts):
@@ -164,17 +165,19 @@ class RolloutController:
             if result.request_id not in requests:
                 raise RuntimeError(f"the engine gave a result for {result.request_id}, which was not asked for")
             place, request = requests.pop(result.request_id)
-            sample = self._score(prompts[place], request, result)
+            sample = self._read(prompts[place], request, result)
             groups[place].samples.append(sample)
-            self.progress.show_response(prompts[place].text, sample.response_text, sample.reward)
+            self.scoring.hand_in(groups[place], sample)
             self.progress.advance(total - len(requests), total)
         if requests:
             raise RuntimeError(f"the engine lost {len(requests)} requests, {next(iter(requests))} first")
+        async for group, sample in self.scoring.collect():
+            self.progress.show_response(group.prompt.text, sample.response_text, sample.reward)
         for group in groups:
             group.samples.sort(key=lambda sample: sample.sample_index)
         return groups
 
-    def _score(self, prompt: Prompt, request: GenerationRequest, result: GenerationResult) -> Sample:
+    def _read(self, prompt: Prompt, request: GenerationRequest, result: GenerationResult) -> Sample:
         if not np.isfinite(result.log_probs).all():
             place = int(np.argmin(np.isfinite(result.log_probs)))
             raise NonFiniteError(
@@ -193,5 +196,4 @@ class RolloutController:
             finish_reason=result.finish_reason,
             policy_version=result.policy_version,
             response_text=text,
-            reward=self.scorer.score(prompt, text, result.finish_reason),
         )

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from megatron_fipo.data.stream import PromptStream
 from megatron_fipo.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_fipo.parallel.context import ParallelContext, build_parallel_context
 from megatron_fipo.platform.device import DTYPES
-from megatron_fipo.rewards.registry import build_scorer, check_prompts
+from megatron_fipo.rewards.check import check_prompts
+from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.batch import batch_path, load_recorded
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters
+from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.seeding import derive_seed
@@ -49,12 +52,19 @@ def build_run(config: RunConfig, progress: Progress = NO_PROGRESS) -> Run:
     Raises:
         ConfigError: An input cannot be used; raised on every rank, before the model is built.
     """
+    with ExitStack() as resources:
+        run = _build(config, progress, resources)
+        run.resources = resources.pop_all()
+    return run
+
+
+def _build(config: RunConfig, progress: Progress, resources: ExitStack) -> Run:
     context = build_parallel_context(config.parallelism, derive_seed(config.seed, "model"))
     on_main_rank(lambda: RunDirectory.check(config.output_dir))
     # Every node has its own view of the model folder.
     bridge = on_every_rank(lambda: HfBridge(config.model.path, config.model.context_length, config.model.rope_base))
     generates = config.mode != "train_only"
-    make_controller = on_main_rank(lambda: _prepare_generation(config, bridge)) if generates else None
+    make_controller = on_main_rank(lambda: _prepare_generation(config, bridge, resources)) if generates else None
     recorded = on_main_rank(lambda: _find_recorded(config, bridge)) if not generates else None
     actor = _build_actor(config, bridge, context)
     directory = on_main_rank(lambda: RunDirectory.create(config.output_dir, dump_config(config)))
@@ -87,14 +97,13 @@ def build_run(config: RunConfig, progress: Progress = NO_PROGRESS) -> Run:
 
 
 def _prepare_generation(
-    config: RunConfig, bridge: HfBridge
+    config: RunConfig, bridge: HfBridge, resources: ExitStack
 ) -> Callable[[RolloutEngine, Progress], tuple[RolloutController, Sequence[Prompt]]]:
-    """Load tokenizer and prompts; returns what makes the controller and the held-out prompts for an engine."""
+    """Load tokenizer and prompts, start grading; returns what makes an engine's controller and held-out prompts."""
     data = config.data
     assert data is not None, "RunConfig demands prompts of every mode that generates"
     _check_positions(config, data.max_prompt_tokens, bridge)
     tokenizer = load_tokenizer(config.model.path, bridge.vocab_size)
-    scorer = build_scorer(config.reward)
     stream = PromptStream(data, tokenizer, derive_seed(config.seed, "prompts"))
     check_prompts(config.reward, [prompt for first in stream.first_prompts.values() for prompt in first], "data.train")
     _check_epochs(config, stream)
@@ -109,12 +118,13 @@ def _prepare_generation(
         max_tokens=config.rollout.max_response_tokens,
         stop_token_ids=stop_token_ids(config.model.path, tokenizer, config.rollout.stop_token_ids),
     )
+    pool = resources.enter_context(RewardPool(config.reward, config.rollout.max_response_tokens))
 
     def make(engine: RolloutEngine, progress: Progress) -> tuple[RolloutController, Sequence[Prompt]]:
         controller = RolloutController(
             engine=engine,
             stream=stream,
-            scorer=scorer,
+            scoring=Scoring(pool, config.reward.on_error),
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
             config=config.rollout,
             sampling=sampling,

@@ -22,26 +22,27 @@ logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> None:
-    """Run all steps; collective over all ranks.
+    """Run all steps, then close what the run holds open; collective over all ranks.
 
     Raises:
         RunError: There is nothing to learn from, a response could not be scored, a recording is damaged, a loss or
             gradient was not finite, or the export differs from the actor; raised on every rank.
     """
-    run.progress.begin_run(run.config.output_dir, run.config.num_steps)
-    sync_weights(run)
-    report_start(run, evaluate_when_due(run, step=0))
-    for step in range(1, run.config.num_steps + 1):
-        run.progress.begin_step(step)
-        rollout = collect_rollout(run, step)
-        batch = assemble_batch(run, step, rollout)
-        micro_batches = distribute_batch(run, batch)
-        compute_old_log_probs(run, micro_batches)
-        results = update_policy(run, step, micro_batches)
+    with run.resources:
+        run.progress.begin_run(run.config.output_dir, run.config.num_steps)
         sync_weights(run)
-        evaluation = evaluate_when_due(run, step)
-        report_step(run, step, rollout, batch, results, evaluation)
-    export_when_done(run)
+        report_start(run, evaluate_when_due(run, step=0))
+        for step in range(1, run.config.num_steps + 1):
+            run.progress.begin_step(step)
+            rollout = collect_rollout(run, step)
+            batch = assemble_batch(run, step, rollout)
+            micro_batches = distribute_batch(run, batch)
+            compute_old_log_probs(run, micro_batches)
+            results = update_policy(run, step, micro_batches)
+            sync_weights(run)
+            evaluation = evaluate_when_due(run, step)
+            report_step(run, step, rollout, batch, results, evaluation)
+        export_when_done(run)
 
 
 def collect_rollout(run: Run, step: int) -> Rollout | None:

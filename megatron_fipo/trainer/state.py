@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class Run:
         policy_version: Version of the actor's weights: how many steps have been applied.
         timer: Phase times of the current step.
         progress: Watches the run, on rank 0 alone.
+        resources: What is closed when the run ends.
     """
 
     config: RunConfig
@@ -108,6 +110,7 @@ class Run:
     policy_version: int = 0
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     progress: Progress = NO_PROGRESS
+    resources: ExitStack = field(default_factory=ExitStack)
 
     @property
     def is_main(self) -> bool:

@@ -15,7 +15,7 @@ from megatron_fipo.config.metrics import MetricsConfig
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.optimizer import OptimizerConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
-from megatron_fipo.config.reward import RewardConfig
+from megatron_fipo.config.reward import ExactMatchTerm, RewardConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.parallel.context import destroy_parallel_context
@@ -47,7 +47,7 @@ def small_run(root: Path, name: str, **changes: Any) -> RunConfig:
     sections: dict[str, Any] = {
         "model": {"path": root / "model", "dtype": "float32"},
         "algorithm": {"updates_per_rollout": UPDATES},
-        "reward": {"answer_pattern": ANSWER_PATTERN, "require_stop": False},
+        "reward": {"terms": {"correct": ExactMatchTerm(answer_pattern=ANSWER_PATTERN)}, "require_stop": False},
         "rollout": {"num_prompts_per_step": 4, "group_size": 4, "max_response_tokens": 12, "max_generation_rounds": 3},
         "parallelism": {"max_tokens_per_micro_batch": 64},
         # A large eps: parameters whose true gradient is 0 must not be moved by its rounding.

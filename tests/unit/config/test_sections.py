@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -17,7 +17,7 @@ from megatron_fipo.config.metrics import MetricsConfig
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.optimizer import OptimizerConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
-from megatron_fipo.config.reward import RewardConfig
+from megatron_fipo.config.reward import ExactMatchTerm, NumericTerm, OverlongTerm, ReasoningGymTerm, RewardConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.weight_sync import WeightSyncConfig
@@ -32,10 +32,17 @@ def sections_below(cls: type, found: list[type] | None = None) -> list[type]:
     found = [] if found is None else found
     found.append(cls)
     for annotation in get_type_hints(cls).values():
-        for member in (annotation, *get_args(annotation)):
+        for member in types_in(annotation):
             if dataclasses.is_dataclass(member) and member not in found:
                 sections_below(member, found)
     return found
+
+
+def types_in(annotation: Any) -> Iterator[Any]:
+    """The type and all that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from types_in(part)
 
 
 def unread(sections: list[type], reads: set[tuple[str, str]]) -> set[str]:
@@ -165,7 +172,10 @@ ACCEPTED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (OptimizerConfig, {"min_learning_rate": 1e-6}),
     (data, {"prompt_format": "raw"}),
     (gym, {"size": 2**20, "seed": 4095, "question_template": "Q: {question}\nA:"}),
-    (RewardConfig, {"answer_pattern": "#(\\d)", "score_threshold": 1.0}),
+    (ReasoningGymTerm, {"answer_pattern": "#(\\d)", "score_threshold": 1.0}),
+    (NumericTerm, {"relative_tolerance": 0.0, "weight": -1.0}),
+    (OverlongTerm, {"buffer_tokens": 1}),
+    (RewardConfig, {"timeout_s": 0.1, "max_workers": 1, "worker_memory_gib": 0.5}),
 ]
 
 
@@ -174,7 +184,7 @@ def test_values_at_their_limits_are_accepted(build: Callable[..., Any], values: 
     build(**values)
 
 
-PATTERNS = [(RewardConfig, "answer_pattern", "answer"), (gym, "question_pattern", "question")]
+PATTERNS = [(ExactMatchTerm, "answer_pattern", "answer"), (gym, "question_pattern", "question")]
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (run_config, {"num_steps": 0}, "num_steps = 0: must be at least 1; give the number of steps"),
     (
@@ -388,7 +398,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (model, {"log_prob_chunk_tokens": 0}, "log_prob_chunk_tokens = 0: must be at least 1; 1024 is a good value"),
     *(
         (
-            RewardConfig,
+            ReasoningGymTerm,
             {"score_threshold": value},
             f"score_threshold = {value}: must lie in (0, 1]; 0.99 is a good value",
         )

@@ -1,15 +1,18 @@
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_fipo.config.reward import PythonTerm, RewardConfig
 from megatron_fipo.config.rollout import RolloutConfig
-from megatron_fipo.rewards.base import RewardError
+from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.admission import Admission, NoSignalError
 from megatron_fipo.rollout.controller import Rollout, RolloutController
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters, WeightBucket
+from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.runtime.seeding import derive_seed
@@ -62,13 +65,18 @@ class SeedEngine:
         )
 
 
-class FirstTokenScorer:
-    """The response's first token, if the prompt wants a reward at all."""
+@pytest.fixture(scope="module", autouse=True)
+def pool() -> Iterator[RewardPool]:
+    """Scores every controller's responses."""
+    path = Path(__file__).with_name("first_token.py")
+    config = RewardConfig(terms={"first": PythonTerm(function=f"{path}:reward")}, require_stop=False)
+    with RewardPool(config, SAMPLING.max_tokens) as opened:
+        _POOLS.append(opened)
+        yield opened
+        _POOLS.clear()
 
-    def score(self, prompt: Prompt, response_text: str, finish_reason: str) -> float:
-        if prompt.answer == "refuse":
-            raise RewardError(prompt.id, "the scorer broke down")
-        return float(response_text.split()[0]) if prompt.answer == "signal" else 0.0
+
+_POOLS: list[RewardPool] = []
 
 
 def make_prompts(answers: str) -> list[Prompt]:
@@ -98,11 +106,11 @@ class Prompts:
 
 def make_controller(answers: str, engine: SeedEngine | None = None, **config: Any) -> RolloutController:
     values = {"num_prompts_per_step": 4, "group_size": 4, "max_generation_rounds": 3} | config
-    drop = values.pop("drop", True)
+    drop, on_error = values.pop("drop", True), values.pop("on_error", "fatal")
     return RolloutController(
         engine=engine or SeedEngine(),
         stream=Prompts(make_prompts(answers)),
-        scorer=FirstTokenScorer(),
+        scoring=Scoring(_POOLS[0], on_error),
         decode=lambda ids: " ".join(map(str, ids)),
         config=RolloutConfig(**values),
         sampling=SAMPLING,
@@ -195,7 +203,7 @@ def test_samples_are_the_engines_answers_to_their_own_requests() -> None:
             assert sample.response_text == (f"{seed % 7}" if stops else f"{seed % 7} 1 2")
             assert sample.rollout_log_probs.tolist() == [-0.5] * len(sample.response_token_ids)
             assert (sample.prompt_id, sample.policy_version) == (each.prompt.id, 7)
-            assert sample.reward == seed % 7
+            assert sample.reward == sample.score == sample.reward_terms["first"] == seed % 7
     assert len({request.seed for request in engine.seen}) == 12, "two draws of one prompt differ"
     assert all(request.sampling == SAMPLING for request in engine.seen)
 
@@ -218,6 +226,9 @@ def test_dynamic_sampling_replaces_groups_by_fresh_prompts() -> None:
     # p0 to p3, then p4 and p5, then p6.
     assert result.metrics == {
         "rollout/reward_mean_all": sum(rewards) / 28,
+        "rollout/reward_errors": 0,
+        "rollout/reward_timeouts": 0,
+        "rollout/reward_bad_references": 0,
         "rollout/generation_rounds": 3,
         "rollout/groups_generated": 7,
         "rollout/groups_without_signal": 3,
@@ -360,8 +371,15 @@ def test_a_response_without_a_probability_ends_the_run(log_prob: float) -> None:
 
 
 def test_a_response_that_cannot_be_scored_ends_the_run() -> None:
-    with pytest.raises(RunError, match="reward of a response to p1: the scorer broke down"):
+    with pytest.raises(RunError, match="reward of p1#[0-3]: first: ValueError: the scorer broke down"):
         rollout(make_controller("srss"))
+
+
+def test_responses_that_cannot_be_scored_leave_their_groups() -> None:
+    result = rollout(make_controller("srsss", on_error="skip"))
+    assert ids(result.groups) == ["p0", "p2", "p3", "p4"]
+    assert result.metrics["rollout/reward_errors"] == 4
+    assert result.metrics["rollout/groups_incomplete"] == 1
 
 
 class Listener(Progress):

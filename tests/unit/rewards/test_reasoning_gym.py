@@ -1,16 +1,14 @@
+import ast
 import inspect
-import pickle
 import re
 import sys
 
-import numpy as np
 import pytest
 
-from megatron_fipo.config.reward import RewardConfig
+from megatron_fipo.config.reward import ReasoningGymTerm
 from megatron_fipo.rewards.answer_guard import EVALUATING_TASKS, may_be_scored
-from megatron_fipo.rewards.base import RewardError
-from megatron_fipo.rewards.registry import build_scorer
-from megatron_fipo.types import Prompt
+from megatron_fipo.rewards.messages import as_literal
+from tests.unit.rewards.grading import grade, make_grader
 
 reasoning_gym = pytest.importorskip("reasoning_gym", reason="an extra of the package")
 
@@ -19,60 +17,57 @@ PATTERN = r"(?s)<answer>(.*?)</answer>"
 
 def problem(task, index=0, **parameters):
     entry = reasoning_gym.create_dataset(task, size=index + 1, seed=0, **parameters)[index]
-    return Prompt(
-        id=f"{task}-0:{index}",
-        token_ids=np.array([1], dtype=np.int32),
-        text=entry["question"],
-        answer=entry["answer"],
-        metadata={"task": task, "parameters": parameters, "entry": entry},
-    )
+    return {"task": task, "parameters": parameters, "entry": entry}
+
+
+def result(metadata, response, finish_reason="stop", require_stop=True, **term):
+    grader = make_grader({"correct": ReasoningGymTerm(**term)}, require_stop=require_stop)
+    return grade(grader, response, metadata["entry"]["answer"], metadata=metadata, finish_reason=finish_reason)
 
 
 @pytest.fixture(scope="module")
 def score():
-    def score_response(prompt, response, finish_reason="stop", **config):
-        scorer = build_scorer(RewardConfig(type="reasoning_gym", **config))
-        return scorer.score(prompt, response, finish_reason)
-
-    return score_response
+    return lambda *arguments, **term: result(*arguments, **term)["score"]
 
 
 def test_the_tasks_own_scorer_decides(score):
     prompt = problem("chain_sum")
-    assert score(prompt, prompt.answer) == 1.0
-    assert score(prompt, f" {prompt.answer}.00\n") == 1.0
-    assert score(prompt, str(int(prompt.answer) + 1)) == 0.0
+    assert score(prompt, prompt["entry"]["answer"]) == 1.0
+    assert score(prompt, f" {prompt['entry']['answer']}.00\n") == 1.0
+    assert score(prompt, str(int(prompt["entry"]["answer"]) + 1)) == 0.0
 
 
 def test_no_credit_for_parts_unless_the_threshold_allows(score):
     prompt = problem("chain_sum")
-    response = f"{prompt.answer} or so"
+    response = f"{prompt['entry']['answer']} or so"
     assert score(prompt, response) == 0.0
     assert score(prompt, response, score_threshold=0.1) == 1.0
 
 
 def test_the_answer_is_searched_by_the_pattern(score):
     prompt = problem("chain_sum")
-    assert score(prompt, f"<answer>0</answer> <answer>{prompt.answer}</answer>", answer_pattern=PATTERN) == 1.0
-    assert score(prompt, prompt.answer, answer_pattern=PATTERN) == 0.0
+    assert (
+        score(prompt, f"<answer>0</answer> <answer>{prompt['entry']['answer']}</answer>", answer_pattern=PATTERN) == 1.0
+    )
+    assert score(prompt, prompt["entry"]["answer"], answer_pattern=PATTERN) == 0.0
 
 
 def test_a_right_answer_may_be_empty(score):
-    prompt = next(p for p in (problem("ab", index) for index in range(200)) if p.answer == "")
+    prompt = next(p for p in (problem("ab", index) for index in range(200)) if p["entry"]["answer"] == "")
     assert score(prompt, "<answer></answer>", answer_pattern=PATTERN) == 1.0
     assert score(prompt, "none", answer_pattern=PATTERN) == 0.0
 
 
 def test_an_unfinished_response(score):
     prompt = problem("chain_sum")
-    assert score(prompt, prompt.answer, "length") == 0.0
-    assert score(prompt, prompt.answer, "length", require_stop=False) == 1.0
+    assert score(prompt, prompt["entry"]["answer"], "length") == 0.0
+    assert score(prompt, prompt["entry"]["answer"], "length", require_stop=False) == 1.0
 
 
 def test_several_right_answers(score):
     prompt = problem("graph_color", num_colors=3)
-    assert prompt.answer is None
-    colours = prompt.metadata["entry"]["metadata"]["possible_answer"]
+    assert prompt["entry"]["answer"] is None
+    colours = prompt["entry"]["metadata"]["possible_answer"]
     renamed = {1: 2, 2: 3, 3: 1}
     for mapping in (colours, {node: renamed[colour] for node, colour in colours.items()}):
         text = "{" + ", ".join(f'"{node}": {colour}' for node, colour in mapping.items()) + "}"
@@ -89,20 +84,21 @@ def test_the_scorer_knows_the_tasks_parameters(score):
 @pytest.mark.parametrize("response", ["x", "(((", "", "two times three"])
 def test_an_answer_that_the_scorer_fails_on_is_wrong(score, response):
     prompt = problem("prime_factorization")
-    assert score(prompt, prompt.answer) == 1.0
+    assert score(prompt, prompt["entry"]["answer"]) == 1.0
     assert score(prompt, response) == 0.0
 
 
-def test_a_scorer_that_fails_on_its_own_reference_is_an_error(score):
-    whole = problem("prime_factorization")
-    broken = Prompt(
-        id="broken:3",
-        token_ids=whole.token_ids,
-        text=whole.text,
-        metadata={**whole.metadata, "entry": {"answer": "two times three", "metadata": {}}},
-    )
-    with pytest.raises(RewardError, match="broken:3: ValueError"):
-        score(broken, "x")
+def test_a_scorer_that_fails_on_its_own_reference_is_an_error_of_the_row():
+    broken = problem("prime_factorization") | {"entry": {"answer": "two times three", "metadata": {}}}
+    failure = result(broken, "x")
+    assert failure["failure"] == "reference"
+    assert failure["problem"].startswith("the scorer of prime_factorization fails on its own reference answer (Value")
+
+
+def test_a_prompt_that_no_task_made_is_an_error_of_the_row():
+    grader = make_grader({"correct": ReasoningGymTerm()})
+    problem = "there is no reasoning-gym problem behind the prompt"
+    assert grade(grader, "x", "x") == {"failure": "reference", "term": "correct", "problem": problem}
 
 
 class Incomparable(reasoning_gym.dataset.ProceduralDataset):
@@ -121,22 +117,29 @@ class Incomparable(reasoning_gym.dataset.ProceduralDataset):
 def test_a_score_that_is_no_number_is_an_error(score, monkeypatch):
     config_class = reasoning_gym.arithmetic.ChainSumConfig
     monkeypatch.setitem(reasoning_gym.factory.DATASETS, "incomparable", (Incomparable, config_class))
-    with pytest.raises(RewardError) as caught:
-        score(problem("incomparable"), "x")
-    assert str(caught.value) == ("reward of a response to incomparable-0:0: the scorer of incomparable says nan")
+    failure = result(problem("incomparable"), "x")
+    assert (failure["failure"], failure["problem"]) == ("reference", "the scorer of incomparable says nan")
 
 
 def test_a_very_long_answer_is_wrong(score):
     prompt = problem("chain_sum")
-    assert score(prompt, f"{prompt.answer}.{'0' * 9_000}") == 1.0
-    assert score(prompt, f"{prompt.answer}.{'0' * 10_000}") == 0.0
+    assert score(prompt, f"{prompt['entry']['answer']}.{'0' * 9_000}") == 1.0
+    assert score(prompt, f"{prompt['entry']['answer']}.{'0' * 10_000}") == 0.0
 
 
-def test_a_scorer_can_be_sent_to_another_process():
-    scorer = build_scorer(RewardConfig(type="reasoning_gym", answer_pattern=PATTERN))
-    prompt = problem("graph_color")
-    copied, prompt = pickle.loads(pickle.dumps((scorer, prompt)))
-    assert copied.score(prompt, "x", "stop") == scorer.score(prompt, "x", "stop") == 0.0
+def test_answers_are_the_same_without_outer_space():
+    grader = make_grader({"correct": ReasoningGymTerm()})
+    assert grader.same_answer("42 ", "42") and not grader.same_answer("42", "42.0")
+
+
+@pytest.mark.parametrize("task", ["graph_color", "knights_knaves", "rotate_matrix", "sudoku"])
+def test_a_task_finds_its_entry_as_it_made_it(score, task):
+    """Numbers as keys, tuples and NumPy's text arrive in the grading process as what they were."""
+    prompt = problem(task)
+    assert ast.literal_eval(repr(as_literal(prompt))) == prompt
+    reference = prompt["entry"]["answer"]
+    if reference is not None:
+        assert score(prompt, reference) == 1.0
 
 
 def test_every_task_that_evaluates_answers_is_known():
@@ -235,6 +238,6 @@ def test_ordinary_answers_pass_the_guard(task, answer):
 
 def test_the_question_itself_is_no_antiderivative(score):
     prompt = problem("simple_integration")
-    question = prompt.metadata["entry"]["metadata"]
+    question = prompt["entry"]["metadata"]
     assert score(prompt, f"Integral({question['integrand']}, {question['variable']})") == 0.0
-    assert score(prompt, prompt.answer) == 1.0
+    assert score(prompt, prompt["entry"]["answer"]) == 1.0

@@ -1,0 +1,52 @@
+"""Messages between the pool and its grading processes: four bytes of length, then JSON in ASCII.
+
+A lone surrogate, which a model may well write, travels as its escape.
+"""
+
+import json
+import struct
+from typing import Any
+
+_LENGTH = struct.Struct(">I")
+LENGTH_BYTES = _LENGTH.size
+
+
+def encode_message(message: Any) -> bytes:
+    """Message → bytes."""
+    body = json.dumps(message, separators=(",", ":")).encode("ascii")
+    return _LENGTH.pack(len(body)) + body
+
+
+def body_length(head: bytes) -> int:
+    """Bytes that follow the first `LENGTH_BYTES`."""
+    length: int = _LENGTH.unpack(head)[0]
+    return length
+
+
+def decode_body(body: bytes) -> Any:
+    """What the bytes after the length say."""
+    return json.loads(body)
+
+
+def as_literal(value: Any) -> Any:
+    """Make plain Python values of a prompt's metadata, so that `repr` writes a literal.
+
+    JSON would turn tuples into lists and the numbers that name a graph's nodes into text, and a task's scorer looks for
+    what its generator made.
+
+    Raises:
+        TypeError: There is something else in it than text, numbers, None, lists, tuples, sets and mappings.
+    """
+    if isinstance(value, dict):
+        return {as_literal(key): as_literal(each) for key, each in value.items()}
+    for kind in (list, tuple, set):
+        if isinstance(value, kind):
+            return kind(as_literal(each) for each in value)
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
+        return value
+    # Text of NumPy's is text; its numbers have `item`.
+    if isinstance(value, str):
+        return str(value)
+    if hasattr(value, "item"):
+        return as_literal(value.item())
+    raise TypeError(f"{type(value).__name__} in a prompt's metadata cannot be sent to a grading process")
