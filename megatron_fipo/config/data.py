@@ -177,19 +177,41 @@ def default_name(source: PromptSource) -> str:
     return re.sub(r"[^\w.-]", "_", source.path.stem, flags=re.ASCII) or "prompts"
 
 
+def check_sources(field: str, given: PromptSource | tuple[PromptSource, ...]) -> None:
+    """Check what spans the sources of one field, "train" or "evaluation".
+
+    Raises:
+        ConfigError: There are none, two have one name, or sources for evaluation have weights.
+    """
+    sources = given if isinstance(given, tuple) else (given,)
+    require(
+        len(sources) > 0,
+        field=field,
+        value="[]",
+        rule="must name at least one source",
+        way_out="add a source" if field == "train" else "set it to null for none",
+    )
+    names = [source.name or default_name(source) for source in sources]
+    for place, (source, name) in enumerate(zip(sources, names, strict=True)):
+        require(
+            name not in names[:place],
+            field=f"{field}.{place}.name",
+            value=name,
+            rule=f"is also the name of {field}.{names.index(name)}, and results are told apart by it",
+            way_out="give each source a name of its own",
+        )
+        require(
+            field == "train" or source.weight == 1.0,
+            field=f"{field}.{place}.weight" if isinstance(given, tuple) else f"{field}.weight",
+            value=source.weight,
+            rule="has no meaning for evaluation, which takes every source's prompts in turn",
+            way_out="leave it out",
+        )
+
+
 @config_class
-class DataConfig:
-    """Training and evaluation prompts."""
-
-    train: PromptSource | tuple[PromptSource, ...]
-    """Prompts that rollouts are drawn from: one source, or a list of sources with weights."""
-
-    evaluation: PromptSource | tuple[PromptSource, ...] | None = None
-    """Held-out prompts: one source, or a list of sources; null leaves evaluation out, or takes held_out."""
-
-    held_out: int | float | None = None
-    """Prompts taken from the training sources for evaluation and never drawn for training: a number of them, or a
-    fraction below 1. Which ones depends on their content alone. Null takes none."""
+class PromptFormat:
+    """How prompts become tokens, and which are usable."""
 
     prompt_format: Literal["chat", "raw"] = "chat"
     """"chat" puts the prompt through the tokenizer's chat template, "raw" tokenizes the text as it is (with the
@@ -208,16 +230,8 @@ class DataConfig:
     """Of prompts with the same content, white space aside, keep the first; counted over all training sources, and
     within each evaluation source."""
 
-    shuffle: bool = True
-    """Draw prompts in a seeded random order, anew each epoch; else in file order."""
-
-    epochs: int | None = None
-    """How often each prompt may be drawn at most; the run ends when a source's prompts have been. Null sets no
-    bound."""
-
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
-        self._check_sources()
         require(
             self.max_prompt_tokens >= 1,
             field="max_prompt_tokens",
@@ -239,6 +253,35 @@ class DataConfig:
             rule='needs prompt_format = "chat"',
             way_out='set prompt_format to "chat", or put the text into the prompts',
         )
+
+
+@config_class
+class DataConfig(PromptFormat):
+    """Training and evaluation prompts."""
+
+    train: PromptSource | tuple[PromptSource, ...]
+    """Prompts that rollouts are drawn from: one source, or a list of sources with weights."""
+
+    evaluation: PromptSource | tuple[PromptSource, ...] | None = None
+    """Held-out prompts: one source, or a list of sources; null leaves evaluation out, or takes held_out."""
+
+    held_out: int | float | None = None
+    """Prompts taken from the training sources for evaluation and never drawn for training: a number of them, or a
+    fraction below 1. Which ones depends on their content alone. Null takes none."""
+
+    shuffle: bool = True
+    """Draw prompts in a seeded random order, anew each epoch; else in file order."""
+
+    epochs: int | None = None
+    """How often each prompt may be drawn at most; the run ends when a source's prompts have been. Null sets no
+    bound."""
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations."""
+        PromptFormat.__post_init__(self)
+        check_sources("train", self.train)
+        if self.evaluation is not None:
+            check_sources("evaluation", self.evaluation)
         require(
             self.epochs is None or self.epochs >= 1,
             field="epochs",
@@ -253,35 +296,6 @@ class DataConfig:
     def has_evaluation(self) -> bool:
         """Whether there are prompts to evaluate on."""
         return self.evaluation is not None or self.held_out is not None
-
-    def _check_sources(self) -> None:
-        for field_name, given in (("train", self.train), ("evaluation", self.evaluation)):
-            if not isinstance(given, tuple):
-                continue
-            require(
-                len(given) > 0,
-                field=field_name,
-                value="[]",
-                rule="must name at least one source",
-                way_out="add a source" if field_name == "train" else "set it to null for none",
-            )
-            names = [source.name or default_name(source) for source in given]
-            for place, name in enumerate(names):
-                require(
-                    name not in names[:place],
-                    field=f"{field_name}.{place}.name",
-                    value=name,
-                    rule=f"is also the name of {field_name}.{names.index(name)}, and results are told apart by it",
-                    way_out="give each source a name of its own",
-                )
-        for place, source in enumerate(self.evaluation if isinstance(self.evaluation, tuple) else [self.evaluation]):
-            require(
-                source is None or source.weight == 1.0,
-                field=f"evaluation.{place}.weight" if isinstance(self.evaluation, tuple) else "evaluation.weight",
-                value=None if source is None else source.weight,
-                rule="has no meaning for evaluation, which takes every source's prompts in turn",
-                way_out="leave it out",
-            )
 
     def _check_held_out(self, held_out: int | float) -> None:
         require(

@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_fipo.config.base import ConfigError, require
-from megatron_fipo.config.data import DataConfig
+from megatron_fipo.config.data import PromptFormat
 from megatron_fipo.data.problem import Messages
 from megatron_fipo.types import IntArray
 
@@ -31,7 +31,7 @@ class PromptEncoder:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    config: DataConfig
+    config: PromptFormat
     section: str = "data"
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ import logging
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_fipo.config.data import DataConfig
+from megatron_fipo.config.data import DataConfig, PromptFormat, PromptSource
 from megatron_fipo.data.duplicates import skip_duplicates
 from megatron_fipo.data.problem import SkipReason
 from megatron_fipo.data.row_index import SkippedRows
@@ -43,8 +43,20 @@ def load_evaluation_prompts(
         return stream.held_out.prompts(limit)
     if config.evaluation is None:
         return ()
+    return load_sources(config.evaluation, config, tokenizer, limit=limit, stream=stream)
+
+
+def load_sources(
+    given: PromptSource | tuple[PromptSource, ...],
+    config: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    stream: PromptStream | None = None,
+) -> tuple[Prompt, ...]:
+    """Load the prompts of the sources of `data.evaluation`, as `load_evaluation_prompts` does."""
     prompts: list[Prompt] = []
-    for source in open_sources(config.evaluation, config, tokenizer, "data.evaluation"):
+    for source in open_sources(given, config, tokenizer, "data.evaluation"):
         prompts += _load(source, config.deduplicate, limit, stream)
     return tuple(prompts)
 

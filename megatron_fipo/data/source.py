@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.data import (
-    DataConfig,
     JsonlPrompts,
     ParquetPrompts,
+    PromptFormat,
     PromptSource,
     ReasoningGymPrompts,
     default_name,
@@ -180,7 +180,7 @@ def _origin(config: PromptSource) -> tuple[str, Any]:
 
 
 def open_sources(
-    given: PromptSource | tuple[PromptSource, ...], config: DataConfig, tokenizer: PreTrainedTokenizerBase, field: str
+    given: PromptSource | tuple[PromptSource, ...], config: PromptFormat, tokenizer: PreTrainedTokenizerBase, field: str
 ) -> list[Source]:
     """Index one source or several.
 
