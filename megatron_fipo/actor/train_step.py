@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_fipo.actor.forward import ActorForward, LossFunction, Scores
 from megatron_fipo.actor.micro_batch import MicroBatch
 from megatron_fipo.actor.optimizer import ActorOptimizer
+from megatron_fipo.actor.token_records import TokenRecorder
 from megatron_fipo.algorithms.losses import LossInputs, policy_loss
 from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.metrics.reduce import reduce_metrics
@@ -61,6 +62,9 @@ class TrainStep:
         optimizer: The actor's optimizer.
         algorithm: Policy loss.
         context: This rank's place.
+
+    Attributes:
+        recorder: Keeps the tokens of chosen sequences.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class TrainStep:
         context: ParallelContext,
     ) -> None:
         self.forward, self.optimizer, self.algorithm, self.context = forward, optimizer, algorithm, context
+        self.recorder = TokenRecorder(context)
         self._denominator: Tensor | None = None
         provider = forward.provider
         provider.finalize_model_grads_func = self._finalize_gradients
@@ -133,6 +138,7 @@ class TrainStep:
                 self.algorithm,
                 group=self.context.cp_group,
             )
+            self.recorder.keep(micro_batch, scores, output)
             metrics = output.metrics | {"kept_tokens": Accumulator.sum(output.kept_mask)}
             report = {"numerator": output.numerator.detach(), "metrics": metrics}
             return output.numerator, output.denominator.int(), report

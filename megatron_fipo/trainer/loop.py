@@ -16,6 +16,7 @@ from megatron_fipo.trainer.evaluation import evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done
 from megatron_fipo.trainer.reporting import report_start, report_step
 from megatron_fipo.trainer.state import Run
+from megatron_fipo.trainer.token_report import choose_recorded, write_token_records
 from megatron_fipo.types import TrainBatch
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def train(run: Run) -> None:
             micro_batches = distribute_batch(run, batch)
             compute_old_log_probs(run, micro_batches)
             results = update_policy(run, step, micro_batches)
+        write_token_records(run, step, batch)
             sync_weights(run)
             evaluation = evaluate_when_due(run, step)
             report_step(run, step, rollout, batch, results, evaluation)
@@ -83,6 +85,7 @@ def distribute_batch(run: Run, batch: TrainBatch | None) -> list[list[MicroBatch
     """Every rank's micro-batches, by mini-batch; none in rollout-only runs."""
     if run.actor.train_step is None:
         return []
+    choose_recorded(run, batch)
     with run.timer.phase("distribute"):
         return shard_micro_batches(batch, packing_rules(run.config.parallelism), run.context, compute_device())
 

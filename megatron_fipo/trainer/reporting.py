@@ -12,6 +12,7 @@ from megatron_fipo.metrics.evaluation_table import evaluation_table
 from megatron_fipo.platform.device import peak_memory_bytes
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.trainer.state import Run
+from megatron_fipo.trainer.token_report import sampled_groups
 from megatron_fipo.types import RolloutGroup, TrainBatch
 
 logger = logging.getLogger(__name__)
@@ -131,14 +132,15 @@ def _throughput(batch: TrainBatch, times: Mapping[str, float]) -> dict[str, floa
 
 def _sample_records(step: int, groups: Sequence[RolloutGroup], count: int) -> list[dict[str, Any]]:
     """The first sample of evenly spread groups."""
-    chosen = np.linspace(0, len(groups) - 1, min(count, len(groups))).round().astype(int)
+    firsts = np.cumsum([0, *(len(group.samples) for group in groups)])
     records = []
-    for index in dict.fromkeys(chosen.tolist()):
+    for index in sampled_groups(len(groups), count):
         group = groups[index]
         sample = group.samples[0]
         records.append(
             {
                 "step": step,
+                "sequence": int(firsts[index]),
                 "prompt_id": group.prompt.id,
                 "prompt": group.prompt.text,
                 "response": sample.response_text,
