@@ -40,7 +40,7 @@ def train(run: Run) -> None:
             micro_batches = distribute_batch(run, batch)
             compute_old_log_probs(run, micro_batches)
             results = update_policy(run, step, micro_batches)
-        write_token_records(run, step, batch)
+            write_token_records(run, step, batch)
             sync_weights(run)
             evaluation = evaluate_when_due(run, step)
             report_step(run, step, rollout, batch, results, evaluation)
