@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ megatron-fipo train CONFIG.yaml [--section.field value ...]
   train     Run the configuration. Start it with srun (slurm/train.sbatch) or
             torchrun on several ranks, or plainly on one.
             `--mode rollout_only` records rollouts, `--mode train_only` trains on recorded ones.
+  check     Read the configuration and say what is wrong with it, also on WORLD_SIZE ranks where that is set.
 
 `megatron-fipo train --help` lists every field.
 """
@@ -24,23 +25,18 @@ megatron-fipo train CONFIG.yaml [--section.field value ...]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 the run failed, 2 the input was bad."""
+    from megatron_fipo.config.base import ConfigError
+
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
-    if words[0] != "train":
+    commands = {"train": _train, "check": _check}
+    if words[0] not in commands:
         print(f"megatron-fipo: no command {words[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
-    return _train(words[1:])
-
-
-def _train(words: Sequence[str]) -> int:
-    from megatron_fipo.config.base import ConfigError
-    from megatron_fipo.launch.slurm import rank_variables
-
     try:
-        os.environ.update(rank_variables(os.environ))
-        return _run(words)
+        return commands[words[0]](words[1:])
     except ConfigError as error:
         # Without a rank (the launcher's variables are wrong, perhaps on this one alone) every process speaks.
         if int(os.environ.get("RANK", "0")) == 0:
@@ -48,20 +44,45 @@ def _train(words: Sequence[str]) -> int:
         return 2
 
 
-def _run(words: Sequence[str]) -> int:
+def _train(words: Sequence[str]) -> int:
+    from megatron_fipo.launch.slurm import rank_variables
+
+    os.environ.update(rank_variables(os.environ))
+    if (config := _read_config("train", words)) is None:
+        return 0 if _asks_for_help(words) else 2
+    config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
+    return _train_on_ranks(config)
+
+
+def _check(words: Sequence[str]) -> int:
+    from megatron_fipo.runtime.run_dir import RunDirectory
+
+    if (config := _read_config("check", words)) is None:
+        return 0 if _asks_for_help(words) else 2
+    # As slurm/train.sbatch gives it; empty where Slurm does not tell.
+    if ranks := os.environ.get("WORLD_SIZE"):
+        config.parallelism.check_world_size(int(ranks))
+    RunDirectory.check(config.output_dir)
+    return 0
+
+
+def _asks_for_help(words: Sequence[str]) -> bool:
+    return bool(words) and words[0] in ("-h", "--help")
+
+
+def _read_config(command: str, words: Sequence[str]) -> "RunConfig | None":
+    """Read the configuration that a command names; none where it asks for help or names none, which is told."""
     from megatron_fipo.config.help import help_text
     from megatron_fipo.config.load import load_config
     from megatron_fipo.config.run import RunConfig
 
-    if words and words[0] in ("-h", "--help"):
-        print(help_text(RunConfig, "megatron-fipo train CONFIG.yaml [--section.field value ...]"), end="")
-        return 0
+    if _asks_for_help(words):
+        print(help_text(RunConfig, f"megatron-fipo {command} CONFIG.yaml [--section.field value ...]"), end="")
+        return None
     if not words or words[0].startswith("-"):
-        print(f"megatron-fipo: train needs a configuration file first\n\n{USAGE}", end="", file=sys.stderr)
-        return 2
-    config = load_config(RunConfig, Path(words[0]), words[1:])
-    config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
-    return _train_on_ranks(config)
+        print(f"megatron-fipo: {command} needs a configuration file first\n\n{USAGE}", end="", file=sys.stderr)
+        return None
+    return load_config(RunConfig, Path(words[0]), words[1:])
 
 
 def _train_on_ranks(config: "RunConfig") -> int:
@@ -95,7 +116,7 @@ def _process_group() -> Iterator[None]:
     from megatron_fipo.runtime.errors import RunError
 
     if uses_cuda():
-        _check_visible_devices(torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0")))
+        _check_visible_devices(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.cuda.set_device(compute_device())
     with tempfile.TemporaryDirectory(prefix="megatron_fipo_") as folder:
         if "WORLD_SIZE" in os.environ:
@@ -107,25 +128,45 @@ def _process_group() -> Iterator[None]:
             yield
         except (ConfigError, RunError):
             # Raised on every rank. After any other error a rank stands alone, and leaving could wait for ever.
+            _meet_before_leaving()
             dist.destroy_process_group()
             raise
         dist.destroy_process_group()
 
 
-def _check_visible_devices(num_devices: int, local_rank: int) -> None:
-    """Refuse a rank whose device is hidden from it."""
+def _check_visible_devices(num_devices: int, local_world_size: int) -> None:
+    """Refuse ranks whose devices are hidden from them."""
     from megatron_fipo.config.base import require
 
     require(
-        local_rank < num_devices,
-        field="LOCAL_RANK",
-        value=local_rank,
-        rule=f"each rank of a node uses the device of its number, and this one sees only {num_devices}",
+        local_world_size <= num_devices,
+        field="LOCAL_WORLD_SIZE",
+        value=local_world_size,
+        rule=f"each rank of a node uses the device of its number, and a rank sees only {num_devices}",
         way_out=(
             "start as many ranks on a node as it has devices, and let each see them all (Slurm: --gpus-per-node, not "
             "--gpus-per-task or --gpu-bind)"
         ),
     )
+
+
+def _meet_before_leaving() -> None:
+    """Wait for the other ranks, which met the same error, and let no launcher end this one before it has told it.
+
+    Launchers end all ranks once one has failed; that one need not be rank 0, which tells the error.
+    """
+    import signal
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A rank that is gone cannot come.
+    with suppress(RuntimeError):
+        meeting = dist.all_reduce(torch.zeros(1), async_op=True)
+        assert meeting is not None
+        meeting.wait(timedelta(seconds=30))
 
 
 if __name__ == "__main__":

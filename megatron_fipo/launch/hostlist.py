@@ -52,5 +52,3 @@ def _require_readable(text: str, readable: bool) -> None:
         rule='must be a host list such as "node[1-3,07],login"',
         way_out="leave the variable as Slurm sets it",
     )
-
-

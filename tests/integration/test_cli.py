@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fipo.cli import main
+from megatron_fipo.cli import _check_visible_devices, main
+from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
 from tests.integration.small_runs import prompts, read_lines, small_run, write_inputs
@@ -35,11 +36,23 @@ def write_config(config: RunConfig) -> Path:
     return path
 
 
-def run_command(*words: object, prefix: list[str] = PYTHON, timeout_s: float = 120.0) -> tuple[int, str, str]:
-    """Exit status and both outputs; everything that the command started is gone afterwards."""
+def run_command(
+    *words: object,
+    prefix: list[str] = PYTHON,
+    timeout_s: float = 120.0,
+    variables: dict[str, str] | None = None,
+) -> tuple[int, str, str]:
+    """Exit status and both outputs; everything that the command started is gone afterwards.
+
+    Args:
+        words: The command's words.
+        prefix: The program.
+        timeout_s: Time after which the test fails.
+        variables: Added to the environment.
+    """
     process = subprocess.Popen(
         [*prefix, *map(str, words)],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | (variables or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -156,6 +169,71 @@ def test_a_bad_configuration_is_told_at_once_in_one_line(kind: str, root: Path) 
     assert elapsed < 3
 
 
+def test_a_good_configuration_is_checked_in_silence(root: Path) -> None:
+    config = write_config(small_run(root, "good"))
+    assert run_command(
+        "check", config, "--parallelism.tensor_model_parallel_size", 2, variables={"WORLD_SIZE": "4"}
+    ) == (0, "", "")
+    assert not (root / "good").exists()
+
+
+CHECKED = {
+    "world size": (
+        ["--parallelism.tensor_model_parallel_size", "3"],
+        "parallelism = tensor 3 × context 1 × pipeline 1 = 3: must divide the world: world size 4",
+    ),
+    "run directory": (["--output_dir", "{root}"], "output_dir = {root}: must be a new or empty directory"),
+    "field": (["--num_step", "3"], "num_step = 3: there is no such field in the configuration"),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKED)
+def test_check_tells_what_is_wrong(kind: str, root: Path) -> None:
+    words, message = CHECKED[kind]
+    config = write_config(small_run(root, "checked"))
+    code, out, err = run_command(
+        "check", config, *(word.format(root=root) for word in words), variables={"WORLD_SIZE": "4"}
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith(f"megatron-fipo: {message.format(root=root)}")
+    assert err.count("\n") == 1
+
+
+def test_several_slurm_tasks_are_ranks_of_one_world(root: Path) -> None:
+    config = write_config(small_run(root, "slurm_task"))
+    task = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
+    words = ("train", config, "--parallelism.context_parallel_size", 3)
+    code, _, err = run_command(*words, variables=task)
+    assert code == 2
+    assert "must divide the world: world size 4" in err
+    # Another rank leaves the telling to rank 0.
+    assert run_command(*words, variables={**task, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}) == (
+        (2, "", "")
+    )
+
+
+def test_a_batch_script_that_forgot_srun_is_told(root: Path) -> None:
+    config = write_config(small_run(root, "no_srun"))
+    code, _, err = run_command("train", config, variables={"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+    assert code == 2
+    assert err.startswith("megatron-fipo: SLURM_NTASKS = 4: the job has several tasks, and this process was started")
+
+
+def test_more_ranks_on_a_node_than_visible_devices_are_refused() -> None:
+    _check_visible_devices(num_devices=8, local_world_size=8)
+    with pytest.raises(ConfigError, match=r"LOCAL_WORLD_SIZE = 8: .* sees only 1; .* --gpus-per-node, not"):
+        _check_visible_devices(num_devices=1, local_world_size=8)
+
+
 # What needs the libraries: run in a child of this process, which has imported them.
 
 
@@ -248,16 +326,6 @@ def test_a_run_that_stops_says_why_and_ends_with_1(root: Path, tmp_path: Path) -
     assert last.startswith(
         "megatron-fipo: the run stopped: step 1: rollout.max_generation_rounds = 3: none of 12 groups"
     )
-
-
-def test_slurm_tasks_that_do_not_know_of_each_other_are_refused(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    code, _, err = call_in_child(tmp_path, "train", write_config(small_run(root, "slurm")))
-    assert code == 2
-    assert err.startswith("megatron-fipo: SLURM_NTASKS = 4: several tasks were started without RANK and WORLD_SIZE")
 
 
 def test_a_run_ends_with_0(root: Path, tmp_path: Path) -> None:
