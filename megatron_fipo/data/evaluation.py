@@ -65,16 +65,14 @@ def _load(source: Source, deduplicate: bool, limit: int | None, stream: PromptSt
     if deduplicate:
         skip_duplicates([source])
     source.report()
-    if stream is not None and (shared := stream.count_shared(source)):
-        logger.warning(
-            "%s: %d of %d evaluation prompts also occur among the training prompts",
-            source.origin,
-            shared,
-            len(source.places),
-        )
     skipped: dict[SkipReason, SkippedRows] = {}
     prompts = list(itertools.islice(source.prompts(skipped), limit))
     if not prompts:
         raise source.unusable(skipped)
     source.warn(skipped)
+    num_tried = len(prompts) + sum(rows.count for rows in skipped.values())
+    if stream is not None and (shared := stream.count_shared(source.ranks[:num_tried])):
+        logger.warning(
+            "%s: %d of %d evaluation prompts also occur among the training prompts", source.origin, shared, num_tried
+        )
     return prompts

@@ -18,7 +18,6 @@ from megatron_fipo.data.problem import UnusableRow
 from megatron_fipo.data.row_index import SHOWN_ROWS
 from megatron_fipo.data.source import Source, open_sources
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.types import Prompt
 
 FIRST_PROMPTS = 1000
@@ -32,17 +31,23 @@ class EndOfPrompts(RunError):
 
 
 class Course:
-    """The way through one source: epoch after epoch, each in an order that depends on seed, name and epoch alone.
+    """The way through one source: epoch after epoch, each in an order that depends on seed, epoch and number alone.
+
+    Args:
+        source: The source.
+        number: Its number among the sources.
+        seed: Seed of the order.
+        shuffle: Draw in a new random order each epoch; else in the source's order.
 
     Attributes:
-        source: The source.
         epoch: Whole passes so far.
         num_drawn: Prompts drawn so far.
         skipped: Rows of the first pass that turned out unusable when drawn, by reason.
     """
 
-    def __init__(self, source: Source, seed: int, shuffle: bool) -> None:
+    def __init__(self, source: Source, number: int, seed: int, shuffle: bool) -> None:
         self.source = source
+        self._number = number
         self.epoch = 0
         self.num_drawn = 0
         self.skipped: Counter[str] = Counter()
@@ -107,7 +112,7 @@ class Course:
     def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
         if not self._shuffle:
             return self.source.places
-        generator = np.random.default_rng(derive_seed(self._seed, self.source.name, epoch))
+        generator = np.random.default_rng(np.random.SeedSequence([self._seed, epoch, self._number]))
         return generator.permutation(self.source.places)
 
 
@@ -144,7 +149,8 @@ class PromptStream:
             source.report()
         self.first_prompts = {source.name: source.first_prompts(FIRST_PROMPTS) for source in self._sources}
         self.held_out = None if config.held_out is None else HeldOut(self._sources, config.held_out)
-        self._courses = [Course(source, seed, config.shuffle) for source in self._sources]
+        self._courses = [Course(source, number, seed, config.shuffle) for number, source in enumerate(self._sources)]
+        self._fingerprint = self._make_fingerprint()
         weights = [source.config.weight for source in self._sources]
         self._shares = [weight / sum(weights) for weight in weights]
 
@@ -170,9 +176,9 @@ class PromptStream:
         """
         return [self._next_course().draw(self._config.epochs) for _ in range(n)]
 
-    def count_shared(self, source: Source) -> int:
-        """How many prompts of another source have the content of one that is drawn here."""
-        return int(np.isin(source.ranks, np.concatenate([own.ranks for own in self._sources])).sum())
+    def count_shared(self, ranks: npt.NDArray[np.uint64]) -> int:
+        """How many of the `Source.ranks` of other prompts are also those of prompts that are drawn here."""
+        return int(np.isin(ranks, np.concatenate([source.ranks for source in self._sources])).sum())
 
     def counters(self) -> dict[str, float]:
         """Draws and epochs of each source, and rows skipped for each reason, since the run's first step."""
@@ -188,7 +194,7 @@ class PromptStream:
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from here; plain JSON values, a few for each source."""
         courses = {course.source.name: course.state_dict() for course in self._courses}
-        return {"fingerprint": self.fingerprint(), "sources": courses}
+        return {"fingerprint": self._fingerprint, "sources": courses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the stream that wrote `state` stood.
@@ -197,7 +203,7 @@ class PromptStream:
             ConfigError: It read other prompts, or in another order.
         """
         written = state["fingerprint"]
-        for field, value in self.fingerprint().items():
+        for field, value in self._fingerprint.items():
             require(
                 field in written and written[field] == value,
                 field=field,
@@ -208,11 +214,17 @@ class PromptStream:
         for course in self._courses:
             course.load_state_dict(state["sources"][course.source.name])
 
-    def fingerprint(self) -> dict[str, Any]:
+    def _next_course(self) -> Course:
+        """The source that is furthest behind its share; the first of equals."""
+        total = sum(course.num_drawn for course in self._courses) + 1
+        behind = [share * total - course.num_drawn for share, course in zip(self._shares, self._courses, strict=True)]
+        return self._courses[behind.index(max(behind))]
+
+    def _make_fingerprint(self) -> dict[str, Any]:
         """What the order and the content of the prompts depend on, by field of the configuration."""
         config = self._config
         return {
-            "data.train": {source.name: self._digest_of(source) for source in self._sources},
+            "data.train": [f"{source.name}: {self._digest_of(source)}" for source in self._sources],
             "data.held_out": config.held_out,
             "data.deduplicate": config.deduplicate,
             "data.shuffle": config.shuffle,
@@ -227,9 +239,3 @@ class PromptStream:
         for prompt in self.first_prompts[source.name]:
             digest.update(repr((prompt.id, prompt.token_ids.tolist(), prompt.answer)).encode(errors="backslashreplace"))
         return digest.hexdigest()[:16]
-
-    def _next_course(self) -> Course:
-        """The source that is furthest behind its share; the first of equals."""
-        total = sum(course.num_drawn for course in self._courses) + 1
-        behind = [share * total - course.num_drawn for share, course in zip(self._shares, self._courses, strict=True)]
-        return self._courses[behind.index(max(behind))]
