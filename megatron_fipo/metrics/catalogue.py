@@ -326,6 +326,11 @@ _EVALUATION = Section(
     "evaluation.consensus_at and evaluation.pass_at.",
     (
         Metric(name="eval/num_problems", description="Problems tried.", unit="problems"),
+        Metric(
+            name="eval/num_unscored",
+            description="Responses whose scoring failed; they count as wrong.",
+            unit="samples",
+        ),
         Metric(name="eval/accuracy", description="Right responses at sampling temperature: Avg@k.", unit="fraction"),
         *_limits("eval/accuracy"),
         Metric(name="eval/greedy_accuracy", description="Right responses of greedy decoding.", unit="fraction"),

@@ -48,7 +48,7 @@ class RolloutController:
 
     Attributes:
         engine: Generates.
-        stream: The training prompts.
+        stream: The training prompts; None where `generate_groups` alone is used.
         scoring: Rewards.
         decode: Token ids to text.
         config: Batch size, sampling and bounds.
@@ -61,7 +61,7 @@ class RolloutController:
     """
 
     engine: RolloutEngine
-    stream: PromptStream
+    stream: PromptStream | None
     scoring: Scoring
     decode: Decode
     config: RolloutConfig
@@ -82,6 +82,7 @@ class RolloutController:
             NoSignalError: Dynamic sampling found no group with differing rewards in all its rounds.
             RunError: Too many groups were too old or had no rewards, or see `generate_groups`.
         """
+        assert self.stream is not None, "batches are made of training prompts"
         admission = Admission(self.config.num_prompts_per_step, self.drop_zero_variance, self.config.policy_lag)
         admission.carry_in(self.surplus, policy_version, self.config.carry_over_max_lag)
         num_generated, rounds = 0, 0
@@ -131,7 +132,12 @@ class RolloutController:
         return num_filled
 
     async def generate_groups(
-        self, prompts: Sequence[Prompt], group_size: int, seed_scope: str, sampling: SamplingParameters
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        seed_scope: str,
+        sampling: SamplingParameters,
+        first_place: int = 0,
     ) -> list[RolloutGroup]:
         """Generate and score a group for every prompt; responses without a reward are not in it.
 
@@ -140,6 +146,8 @@ class RolloutController:
             group_size: Samples of each.
             seed_scope: Part of every sample's seed, beside the run's seed, the prompt and the sample's index.
             sampling: How tokens are drawn.
+            first_place: Place of the first prompt among all of the scope, where they are generated in several parts;
+                a prompt's draws depend on its place there.
 
         Raises:
             NonFiniteError: The model gave a response without a probability.
@@ -153,7 +161,7 @@ class RolloutController:
                     prompt_id=f"{place}:{prompt.id}",
                     sample_index=index,
                     prompt_token_ids=prompt.token_ids,
-                    seed=derive_seed(self.seed, seed_scope, place, prompt.id, index),
+                    seed=derive_seed(self.seed, seed_scope, first_place + place, prompt.id, index),
                     sampling=sampling,
                 )
                 requests[request.request_id] = (place, request)

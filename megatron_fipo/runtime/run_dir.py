@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.base import ConfigError, require
-from megatron_fipo.runtime.json_lines import append_lines
+from megatron_fipo.runtime.json_files import append_lines
 
 
 class RunDirectory:

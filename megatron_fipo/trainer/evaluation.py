@@ -9,6 +9,7 @@ from typing import Any
 from megatron_fipo.config.base import require
 from megatron_fipo.config.evaluation import EvaluationConfig
 from megatron_fipo.rollout.controller import RolloutController
+from megatron_fipo.rollout.engine import SamplingParameters
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.trainer.evaluation_files import EvaluationFiles
 from megatron_fipo.trainer.evaluation_results import (
@@ -56,11 +57,17 @@ def _write(folder: Path, results: Sequence[ProblemResult], records: Sequence[dic
 
 
 async def try_problems(
-    controller: RolloutController, prompts: Sequence[Prompt], config: EvaluationConfig
+    controller: RolloutController, prompts: Sequence[Prompt], config: EvaluationConfig, first_place: int = 0
 ) -> tuple[list[ProblemResult], list[dict[str, Any]]]:
     """Sample responses to problems and judge them.
 
     All evaluations draw with the same seeds: they differ by the weights alone.
+
+    Args:
+        controller: Generates and scores.
+        prompts: The problems.
+        config: How they are tried.
+        first_place: Place of the first one among all problems, where these are a part.
 
     Returns:
         What came of every problem, and the line of every response.
@@ -68,22 +75,24 @@ async def try_problems(
     Raises:
         RunError: See `RolloutController.generate_groups`.
     """
-    sampling = dataclasses.replace(
-        controller.sampling,
-        temperature=config.temperature or controller.sampling.temperature,
-        top_p=config.top_p or controller.sampling.top_p,
-    )
-    groups = await controller.generate_groups(prompts, config.samples_per_problem, "evaluation", sampling)
+    sampling = evaluation_sampling(controller.sampling, config)
+    count = config.samples_per_problem
+    groups = await controller.generate_groups(prompts, count, "evaluation", sampling, first_place)
     greedy = []
     if config.greedy:
         most_likely = dataclasses.replace(sampling, greedy=True)
-        greedy = await controller.generate_groups(prompts, 1, "evaluation", most_likely)
-    results = await problem_results(groups, greedy, _same_answer)
+        greedy = await controller.generate_groups(prompts, 1, "evaluation", most_likely, first_place)
+    # They would count as the next rollout's.
+    controller.scoring.counters()
+    results = await problem_results(groups, greedy, count, controller.scoring.pool.same_answer)
     return results, response_records(groups, greedy)
 
 
-async def _same_answer(pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    return [first == second for first, second in pairs]
+def evaluation_sampling(training: SamplingParameters, config: EvaluationConfig) -> SamplingParameters:
+    """How tokens are drawn in evaluation, given how they are drawn in training."""
+    return dataclasses.replace(
+        training, temperature=config.temperature or training.temperature, top_p=config.top_p or training.top_p
+    )
 
 
 def interval_seed(seed: int) -> int:

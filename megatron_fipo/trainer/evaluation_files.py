@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.runtime.json_lines import append_lines, read_whole_lines
+from megatron_fipo.runtime.json_files import append_lines, read_whole_lines
 from megatron_fipo.trainer.evaluation_results import ProblemResult
 
 
@@ -31,29 +31,30 @@ class EvaluationFiles:
         append_lines(self.responses, records)
         append_lines(self.problems, [result.to_json() for result in results])
 
-    def recover(self, chunk_sizes: Sequence[int], responses_per_problem: int) -> list[ProblemResult]:
+    def recover(self, chunk_sizes: Sequence[int]) -> list[ProblemResult]:
         """Cut both files back to their finished chunks.
 
         Args:
             chunk_sizes: Problems of every chunk, in order.
-            responses_per_problem: Lines that each problem has among the responses.
 
         Returns:
             What came of the problems of the finished chunks.
         """
         for path in (self.responses, self.problems):
             path.touch()
-        problems, problem_ends = read_whole_lines(self.problems)
+        lines, problem_ends = read_whole_lines(self.problems)
         _, response_ends = read_whole_lines(self.responses)
-        usable = min(len(problems), len(response_ends) // responses_per_problem)
-        finished = 0
+        results = [ProblemResult.from_json(fields) for fields in lines]
+        num_problems = num_responses = 0
         for size in chunk_sizes:
-            if finished + size > usable:
+            chunk = results[num_problems : num_problems + size]
+            responses = num_responses + sum(result.num_responses for result in chunk)
+            if len(chunk) < size or responses > len(response_ends):
                 break
-            finished += size
-        _cut(self.problems, problem_ends, finished)
-        _cut(self.responses, response_ends, finished * responses_per_problem)
-        return [ProblemResult.from_json(fields) for fields in problems[:finished]]
+            num_problems, num_responses = num_problems + size, responses
+        _cut(self.problems, problem_ends, num_problems)
+        _cut(self.responses, response_ends, num_responses)
+        return results[:num_problems]
 
 
 def _cut(path: Path, ends: Sequence[int], count: int) -> None:

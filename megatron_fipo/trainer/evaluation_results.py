@@ -45,13 +45,14 @@ class ProblemResult:
         reference: Its reference answer.
         num_samples: n.
         num_correct: c.
-        num_unscored: Samples whose scoring failed; they count as wrong.
+        num_unscored: Samples without a score, because scoring failed; they count as wrong.
         num_truncated: Samples cut off by the token limit.
         response_length_mean: Tokens of a response, on average.
         answers: Classes of equal answers, the most frequent first. Samples without an answer are in none.
         majority_answer: The answer with the most samples, the first to appear among tied ones; None without any.
         consensus: Cons@n, a fraction where correct and wrong answers are tied.
         greedy_correct: Whether the greedy response is correct; None where none was taken.
+        num_responses: Lines of responses.jsonl about the problem.
     """
 
     prompt_id: str
@@ -66,6 +67,7 @@ class ProblemResult:
     majority_answer: str | None
     consensus: float
     greedy_correct: bool | None
+    num_responses: int
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -79,42 +81,44 @@ class ProblemResult:
 
 def is_correct(sample: Sample) -> bool:
     """Whether the verdict on the sample's answer is that it is right; shaping and weights play no part."""
-    verdict = sample.reward if sample.score != sample.score else sample.score
-    return verdict >= CORRECT_SCORE
+    return sample.score >= CORRECT_SCORE
 
 
 async def problem_results(
-    groups: Sequence[RolloutGroup], greedy: Sequence[RolloutGroup], same_answer: SameAnswer
+    groups: Sequence[RolloutGroup], greedy: Sequence[RolloutGroup], num_samples: int, same_answer: SameAnswer
 ) -> list[ProblemResult]:
     """What came of every problem.
 
     Args:
-        groups: The sampled responses of every problem.
-        greedy: The greedy response of every problem, or nothing.
+        groups: The sampled responses of every problem; those that could not be scored are missing.
+        greedy: The greedy response of every problem likewise, or nothing.
+        num_samples: Responses sampled for each problem.
         same_answer: Compares answers.
     """
     classes = await _classes_of_equal_answers(groups, same_answer)
-    greedy_correct: list[bool | None] = [is_correct(group.samples[0]) for group in greedy]
-    greedy_correct = greedy_correct or [None] * len(groups)
-    return [_result(*each) for each in zip(groups, classes, greedy_correct, strict=True)]
+    responses: Sequence[Sequence[Sample] | None] = [group.samples for group in greedy] or [None] * len(groups)
+    return [_result(*each, num_samples) for each in zip(groups, classes, responses, strict=True)]
 
 
-def _result(group: RolloutGroup, answers: tuple[AnswerClass, ...], greedy_correct: bool | None) -> ProblemResult:
+def _result(
+    group: RolloutGroup, answers: tuple[AnswerClass, ...], greedy: Sequence[Sample] | None, num_samples: int
+) -> ProblemResult:
     samples = group.samples
-    count = len(samples)
+    sizes, correct = [each.count for each in answers], [each.correct for each in answers]
     return ProblemResult(
         prompt_id=group.prompt.id,
         source=group.prompt.source,
         reference=group.prompt.answer,
-        num_samples=count,
+        num_samples=num_samples,
         num_correct=sum(map(is_correct, samples)),
-        num_unscored=sum(sample.score != sample.score for sample in samples),
+        num_unscored=num_samples - len(samples),
         num_truncated=sum(sample.finish_reason == "length" for sample in samples),
-        response_length_mean=sum(len(sample.response_token_ids) for sample in samples) / count,
+        response_length_mean=sum(len(sample.response_token_ids) for sample in samples) / max(len(samples), 1),
         answers=answers,
         majority_answer=answers[0].answer if answers else None,
-        consensus=consensus_at_k([each.count for each in answers], [each.correct for each in answers], count, count),
-        greedy_correct=greedy_correct,
+        consensus=consensus_at_k(sizes, correct, num_samples, num_samples),
+        greedy_correct=None if greedy is None else any(map(is_correct, greedy)),
+        num_responses=len(samples) + len(greedy or ()),
     )
 
 
@@ -192,7 +196,10 @@ def evaluation_metrics(results: Sequence[ProblemResult], config: EvaluationConfi
         `eval/accuracy` (Avg@k over all problems) and others of the whole, and `eval/<source>/avg_at_k` and others of
         every source that has a name.
     """
-    metrics = {"eval/num_problems": float(len(results))}
+    metrics = {
+        "eval/num_problems": float(len(results)),
+        "eval/num_unscored": float(sum(result.num_unscored for result in results)),
+    }
     metrics |= _with_interval("eval/accuracy", _averages(results), config, seed, samples=config.samples_per_problem)
     metrics |= _common(results, "eval", config, seed)
     for source in dict.fromkeys(result.source for result in results if result.source):

@@ -1,7 +1,6 @@
 """What a run is made of, as the loop sees it."""
 
-import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +11,10 @@ from megatron_fipo.actor.train_step import TrainStep
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.parallel.context import ParallelContext
-from megatron_fipo.rollout.controller import RolloutController
-from megatron_fipo.rollout.embedded import EmbeddedEngine
-from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.timing import PhaseTimer
-from megatron_fipo.trainer.agreement import on_every_rank
-from megatron_fipo.types import Prompt
-from megatron_fipo.weight_sync.base import WeightSync
+from megatron_fipo.trainer.rollout_side import RolloutSide
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,50 +32,6 @@ class Actor:
     chunks: list[Any]
     forward: ActorForward
     train_step: TrainStep | None
-
-
-@dataclass(slots=True, kw_only=True)
-class RolloutSide:
-    """Everything that generates; absent in train-only runs.
-
-    Attributes:
-        engine: This rank's engine.
-        weight_sync: Feeds it.
-        controller: Drives it; on rank 0 alone.
-        evaluation_prompts: Held-out prompts, on rank 0 alone.
-    """
-
-    engine: EmbeddedEngine
-    weight_sync: WeightSync
-    controller: RolloutController | None
-    evaluation_prompts: Sequence[Prompt] = ()
-
-    def generate[T](self, drive: Callable[[RolloutController], Coroutine[Any, Any, T]]) -> T | None:
-        """Let rank 0 drive the engine while all ranks decode; collective over all ranks.
-
-        Args:
-            drive: What the controller is to do.
-
-        Returns:
-            What `drive` gives on rank 0, None elsewhere.
-
-        Raises:
-            RunError: From `drive`; raised on every rank.
-        """
-        return on_every_rank(lambda: self._take_part(drive))
-
-    def _take_part[T](self, drive: Callable[[RolloutController], Coroutine[Any, Any, T]]) -> T | None:
-        if self.controller is None:
-            self.engine.follow()
-            return None
-        # After any other error the ranks are out of step, and a release could wait for ever.
-        try:
-            result = asyncio.run(drive(self.controller))
-        except RunError:
-            self.engine.release()
-            raise
-        self.engine.release()
-        return result
 
 
 @dataclass(slots=True, kw_only=True)

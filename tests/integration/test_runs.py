@@ -105,9 +105,12 @@ def test_a_recording_run_writes_batches_and_updates_nothing(parallel_runs: dict[
 
 
 EVALUATION = {
-    *("eval/num_problems", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"),
+    *("eval/num_problems", "eval/num_unscored", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high"),
     *("eval/response_length_mean", "eval/truncated_fraction", "time/evaluation_s"),
     *("eval/greedy_accuracy", "eval/greedy_accuracy_low", "eval/greedy_accuracy_high"),
+    *(f"eval/held_out/{name}" for name in ("num_problems", "response_length_mean", "truncated_fraction")),
+    *(f"eval/held_out/avg_at_1{end}" for end in ("", "_low", "_high")),
+    *(f"eval/held_out/greedy_accuracy{end}" for end in ("", "_low", "_high")),
 }
 ROLLOUT = {
     *("reward_mean", "num_sequences", "response_length_mean", "response_length_max", "prompt_length_mean"),

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, appended durably and cut back to whole lines after a crash."""
+"""JSON files that outlive a crash: appended line by line, or replaced as a whole."""
 
 import json
 import math
@@ -39,6 +39,21 @@ def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             objects.append(content)
             ends.append(end)
     return objects, ends
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that is there whole or not at all, also after a crash."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _finite(value: Any) -> Any:
