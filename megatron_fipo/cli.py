@@ -17,6 +17,8 @@ megatron-fipo train CONFIG.yaml [--section.field value ...]
   train     Run the configuration. Start it with srun (slurm/train.sbatch) or
             torchrun on several ranks, or plainly on one.
             `--mode rollout_only` records rollouts, `--mode train_only` trains on recorded ones.
+  inspect   Show the steps of a run directory, its samples, and their tokens with log-ratio, Future-KL and influence
+            weight; `megatron-fipo inspect --help` says how. Reads files alone.
   check     Read the configuration and say what is wrong with it, also on WORLD_SIZE ranks where that is set.
 
 `megatron-fipo train --help` lists every field.
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
-    commands = {"train": _train, "check": _check}
+    commands = {"train": _train, "check": _check, "inspect": _inspect}
     if words[0] not in commands:
         print(f"megatron-fipo: no command {words[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
@@ -64,6 +66,12 @@ def _check(words: Sequence[str]) -> int:
         config.parallelism.check_world_size(int(ranks))
     RunDirectory.check(config.output_dir)
     return 0
+
+
+def _inspect(words: Sequence[str]) -> int:
+    from megatron_fipo.display.inspect import inspect
+
+    return inspect(words)
 
 
 def _asks_for_help(words: Sequence[str]) -> bool:
