@@ -69,15 +69,7 @@ def _variables_of_task(environment: Mapping[str, str]) -> dict[str, str]:
         way_out="ask for --nodes and --ntasks-per-node, and leave --ntasks away",
     )
     local_world_size = world_size // num_nodes
-    # Neighbouring ranks share tensors, so they belong on one node.
-    expected = _number(environment, "SLURM_NODEID") * local_world_size + local_rank
-    require(
-        rank == expected,
-        field="SLURM_PROCID",
-        value=rank,
-        rule=f"tasks must be numbered node by node, and this one's place on its node makes it {expected}",
-        way_out="start the tasks with srun --distribution=block and --ntasks-per-node",
-    )
+    _check_order(environment, rank, local_rank, local_world_size)
     port = rendezvous_port(_number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID"))
     return {
         "RANK": str(rank),
@@ -87,6 +79,21 @@ def _variables_of_task(environment: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": environment.get("MASTER_ADDR", hosts[0]),
         "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
     }
+
+
+def _check_order(environment: Mapping[str, str], rank: int, local_rank: int, local_world_size: int) -> None:
+    """Refuse ranks that alternate between nodes: neighbours share tensors, so they belong on one node."""
+    distribution = environment.get("SLURM_DISTRIBUTION", "")
+    expected = _number(environment, "SLURM_NODEID") * local_world_size + local_rank
+    # Some ranks are where they belong even so; those must not wait for the others.
+    cyclic = distribution.startswith("cyclic") and environment["SLURM_STEP_NUM_NODES"] != "1" and local_world_size > 1
+    require(
+        rank == expected and not cyclic,
+        field="SLURM_PROCID",
+        value=rank,
+        rule=f"tasks must be numbered node by node (SLURM_DISTRIBUTION is {distribution or 'not set'})",
+        way_out="start the tasks with srun --distribution=block and --ntasks-per-node",
+    )
 
 
 def _check_torchrun(environment: Mapping[str, str]) -> None:

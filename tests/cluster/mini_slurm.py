@@ -5,6 +5,7 @@ Nothing outside that folder is touched, so several may run side by side, also be
 """
 
 import contextlib
+import fcntl
 import getpass
 import os
 import random
@@ -27,6 +28,7 @@ from megatron_fipo.launch.slurm import rendezvous_port
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 COMMANDS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "sinfo", "scontrol", "scancel", "squeue", "setpriv")
 START_TIMEOUT_S = 120.0
+PREFIX = f"mini_slurm_{os.getuid()}_"
 
 CONFIGURATION = """\
 ClusterName=mini
@@ -172,7 +174,9 @@ def mini_slurm(num_nodes: int = 2, gpus_per_node: int = 2) -> Iterator[MiniSlurm
     Raises:
         SlurmError: It did not start. The text holds the ends of the daemons' logs, as any error raised inside does.
     """
-    with tempfile.TemporaryDirectory(prefix="slurm_", dir="/tmp", ignore_cleanup_errors=True) as name:
+    _clear_abandoned()
+    # Paths of sockets must be short.
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir="/tmp", ignore_cleanup_errors=True) as name, _owned(Path(name)):
         folder = Path(name)
         nodes = _write_files(folder, num_nodes, gpus_per_node)
         slurm = MiniSlurm(folder, nodes)
@@ -185,6 +189,24 @@ def mini_slurm(num_nodes: int = 2, gpus_per_node: int = 2) -> Iterator[MiniSlurm
             raise
         finally:
             _stop(slurm, daemons)
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Hold a lock in the folder, by which others see that its owner is alive."""
+    with (folder / "owner.new").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "owner.new").rename(folder / "owner")
+        yield
+
+
+def _clear_abandoned() -> None:
+    """End what a killed test session has left behind: its jobs outlive their daemons."""
+    for owner in Path("/tmp").glob(f"{PREFIX}*/owner"):
+        with contextlib.suppress(OSError), owner.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _kill_processes_of(owner.parent)
+            shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def _write_files(folder: Path, num_nodes: int, gpus_per_node: int) -> list[str]:
@@ -267,7 +289,7 @@ def _start(slurm: MiniSlurm, daemons: list[subprocess.Popen[bytes]]) -> None:
     def alive() -> None:
         for daemon in daemons:
             if daemon.poll() is not None:
-                raise SlurmError(f"{' '.join(map(str, daemon.args[3:]))} ended with {daemon.returncode}")
+                raise SlurmError(f"a daemon ended with {daemon.returncode}: {daemon.args!r}")
 
     def munge_answers() -> bool:
         alive()
@@ -303,19 +325,15 @@ def _stop(slurm: MiniSlurm, daemons: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
-    for process_id in _processes_of(slurm):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process_id, signal.SIGKILL)
+    _kill_processes_of(slurm.folder)
 
 
-def _processes_of(slurm: MiniSlurm) -> list[int]:
-    mark = f"SLURM_CONF={slurm.environment['SLURM_CONF']}".encode()
-    found: list[int] = []
+def _kill_processes_of(folder: Path) -> None:
+    mark = f"SLURM_CONF={folder}/slurm.conf".encode()
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             if mark in environment.read_bytes().split(b"\0"):
-                found.append(int(environment.parent.name))
-    return found
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def _logs(folder: Path, num_lines: int = 25) -> str:

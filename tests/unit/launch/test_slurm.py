@@ -45,6 +45,11 @@ def test_ranks_of_a_step_are_numbered_node_by_node_and_meet_in_one_place() -> No
     assert len({(each["MASTER_ADDR"], each["MASTER_PORT"], each["WORLD_SIZE"]) for each in ranks}) == 1
 
 
+def test_one_task_on_each_node_is_in_order_however_they_are_dealt() -> None:
+    task = TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    assert rank_variables(task | {"SLURM_DISTRIBUTION": "cyclic"})["RANK"] == "1"
+
+
 def test_a_given_meeting_place_is_kept() -> None:
     variables = rank_variables(TASK | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "7011"})
     assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("10.0.0.7", "7011")
@@ -76,8 +81,9 @@ def test_nothing_is_added_where_nothing_is_missing(environment: dict[str, str]) 
     [
         ({"SLURM_HET_SIZE": "2"}, "SLURM_HET_SIZE = 2: heterogeneous jobs are not supported; submit a job with one"),
         ({"SLURM_STEP_NUM_TASKS": "3"}, "SLURM_STEP_NUM_TASKS = 3: must be the same number of tasks on each of the 2"),
-        # srun --distribution=cyclic
-        ({"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, "SLURM_PROCID = 1: tasks must be numbered node by node, and"),
+        ({"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, "SLURM_PROCID = 1: tasks must be numbered node by node"),
+        # Two of the four tasks are in place under this distribution too.
+        ({"SLURM_DISTRIBUTION": "cyclic:block"}, "SLURM_PROCID = 3: tasks must be numbered node by node (SLURM_DISTR"),
         ({"SLURM_STEP_NODELIST": "node[1-3]"}, "SLURM_STEP_NODELIST = node[1-3]: names 3 hosts, and SLURM_STEP_NUM"),
         ({"SLURM_STEP_NODELIST": "node[1-"}, "SLURM_STEP_NODELIST = node[1-: must be a host list such as"),
         ({"SLURM_LOCALID": "one"}, "SLURM_LOCALID = one: must be a whole number; leave the variable as Slurm sets it"),
