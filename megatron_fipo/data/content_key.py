@@ -19,14 +19,20 @@ def content_key(prompt: str | Messages) -> bytes:
     """
     if isinstance(prompt, str):
         text = _normalise(prompt)
-    elif len(prompt) == 1 and prompt[0]["role"] == "user":
-        text = _normalise(prompt[0]["content"])
+    elif (alone := sole_text(prompt)) is not None:
+        text = _normalise(alone)
     else:
         text = "\x1e".join(f"{turn['role']}\x1f{_normalise(turn['content'])}" for turn in prompt)
     try:
         return hashlib.blake2b(text.encode(), digest_size=KEY_BYTES).digest()
     except UnicodeEncodeError as error:
         raise UnusableRow("broken", f"not valid Unicode at character {error.start}") from None
+
+
+def sole_text(messages: Messages) -> str | None:
+    """The text of the user's message where it is the only one."""
+    text: str | None = messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else None
+    return text
 
 
 def _normalise(text: str) -> str:

@@ -1,5 +1,6 @@
 """Rows of a Parquet file: judged in one pass, kept where they can be read one by one."""
 
+import functools
 import hashlib
 import os
 import tempfile
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.data import ParquetPrompts
-from megatron_fipo.data.content_key import content_key
+from megatron_fipo.data.content_key import content_key, sole_text
 from megatron_fipo.data.problem import Problem, UnusableRow
 from megatron_fipo.data.row_index import RowIndex, RowScan
 from megatron_fipo.data.schema import choose_schema
@@ -22,6 +23,7 @@ from megatron_fipo.data.schema import choose_schema
 _ROWS_TO_RECOGNISE = 100
 _ROWS_PER_BATCH = 8192
 _BUFFER_BYTES = 2**20
+_REMEMBERED_TEXTS = 2**15
 
 
 class ParquetRows:
@@ -74,11 +76,14 @@ class ParquetRows:
 
     def _scan(self) -> RowScan:
         scan = RowScan()
+        # Published sets repeat their rows a hundred times.
+        key_of_text = functools.lru_cache(_REMEMBERED_TEXTS)(content_key)
         for batch in self._batches():
             for content in _contents(batch):
                 try:
                     prompt, _ = self.schema.find(content)
-                    scan.add_usable(content_key(prompt))
+                    text = prompt if isinstance(prompt, str) else sole_text(prompt)
+                    scan.add_usable(content_key(prompt) if text is None else key_of_text(text))
                 except UnusableRow as error:
                     scan.add_unusable(error.reason, error.detail)
         return scan
@@ -91,7 +96,8 @@ class ParquetRows:
                 first, last = np.searchsorted(places, [start, start + len(batch)])
                 if first < last:
                     for content in _contents(batch.take(pa.array(places[first:last] - start))):
-                        copy.append(self.schema.find(content))
+                        prompt, answer = self.schema.find(content)
+                        copy.append((_without_nulls(prompt), answer))
                 if last == len(places):
                     break
                 start += len(batch)
@@ -109,7 +115,7 @@ class ParquetRows:
     def _first_rows(self) -> list[Any]:
         with pq.ParquetFile(self._source.path, buffer_size=_BUFFER_BYTES) as file:
             batch = next(file.iter_batches(_ROWS_TO_RECOGNISE), None)
-            return [] if batch is None else list(_contents(batch))
+            return [] if batch is None else _contents(batch)
 
     def _check_columns(self) -> None:
         for name in ("prompt_field", "answer_field"):
@@ -152,13 +158,13 @@ class _Copy:
         return prompt, answer
 
 
-def _contents(batch: pa.RecordBatch) -> Iterator[Any]:
+def _contents(batch: pa.RecordBatch) -> list[Any]:
     """The rows of a batch; None for one whose text is not UTF-8."""
     try:
-        rows = batch.to_pylist()
+        rows: list[Any] = batch.to_pylist()
     except UnicodeDecodeError:
         rows = [_content_of_one(batch.slice(row, 1)) for row in range(len(batch))]
-    return map(_without_nulls, rows)
+    return rows
 
 
 def _content_of_one(batch: pa.RecordBatch) -> Any:
@@ -169,7 +175,7 @@ def _content_of_one(batch: pa.RecordBatch) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Nested columns have every key in every row; those of other rows are null here."""
+    """Messages without the keys that only other rows have: a table has all of them everywhere, as nulls."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

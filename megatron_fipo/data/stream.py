@@ -160,6 +160,11 @@ class PromptStream:
         return min(course.epoch for course in self._courses)
 
     @property
+    def num_prompts(self) -> int:
+        """Prompts of all sources, less those whose length turns out wrong when they are drawn."""
+        return sum(len(source.places) for source in self._sources)
+
+    @property
     def most_prompts(self) -> float:
         """How many prompts can be drawn at most; infinite without a bound on epochs."""
         if self._config.epochs is None:
