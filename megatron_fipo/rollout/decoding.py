@@ -4,7 +4,7 @@ Every sample draws from its own stream of uniform numbers, by inversion of the c
 tokens do not depend on which samples share its batch (beyond rounding of the logits).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,10 @@ class _Batch:
 
 @torch.no_grad()
 def decode(
-    model: PreTrainedModel, requests: Sequence[GenerationRequest], policy_version: int
+    model: PreTrainedModel,
+    requests: Sequence[GenerationRequest],
+    policy_version: int,
+    on_finished: Callable[[int], None] | None = None,
 ) -> list[GenerationResult]:
     """Generate every request in one batch, all with the same sampling parameters.
 
@@ -56,6 +59,7 @@ def decode(
         model: In evaluation mode.
         requests: At least one; prompts that occur several times are read once.
         policy_version: Version of the model's weights.
+        on_finished: Called after every token with the number of requests that have ended.
 
     Returns:
         Results in the order of the requests.
@@ -81,6 +85,8 @@ def decode(
         batch.active &= ~ended
         batch.last_tokens = chosen
         num_active = int(batch.active.sum())
+        if on_finished is not None:
+            on_finished(count - num_active)
         if num_active == 0 or step + 1 == limit:
             break
         if num_active <= (1 - _COMPACT_FRACTION) * len(batch.active):

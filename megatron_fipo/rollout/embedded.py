@@ -31,6 +31,7 @@ from megatron_fipo.rollout.engine import (
     SamplingParameters,
     WeightBucket,
 )
+from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.types import FinishReason
 
 _EXPERT_NAME = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate|up|down)_proj\.weight")
@@ -47,10 +48,16 @@ class EmbeddedEngine:
         folder: Model folder, for the architecture's own defaults.
         dtype: Precision of the weights.
         max_batch_sequences: Sequences decoded at once on each rank.
+        progress: Told how many responses have ended, as far as this rank's share tells; results come all at once.
     """
 
     def __init__(
-        self, model_config: dict[str, Any], folder: Path, dtype: torch.dtype, max_batch_sequences: int
+        self,
+        model_config: dict[str, Any],
+        folder: Path,
+        dtype: torch.dtype,
+        max_batch_sequences: int,
+        progress: Progress = NO_PROGRESS,
     ) -> None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         for key in ("max_position_embeddings", "rope_parameters"):
@@ -61,7 +68,7 @@ class EmbeddedEngine:
         with torch.device(compute_device()):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         self.model.eval().requires_grad_(False)
-        self.max_batch_sequences = max_batch_sequences
+        self.max_batch_sequences, self._progress = max_batch_sequences, progress
         self.policy_version = -1
         # Tied weights appear under each of their names; a stream may send either.
         self._weights = self.model.state_dict()
@@ -165,7 +172,7 @@ class EmbeddedEngine:
             for sampling in groups:
                 sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
                 share = self._share(_unpack_requests(broadcast_arrays(None, 0), SamplingParameters(**sampling)))
-                send_arrays(_pack_results(self._decode(share)), 0)
+                send_arrays(_pack_results(self._decode(share, len(share))), 0)
 
     def release(self) -> None:
         """Let the other ranks out of `follow`; called on rank 0."""
@@ -173,7 +180,7 @@ class EmbeddedEngine:
 
     def _serve_run(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
         broadcast_arrays(_pack_requests(requests), 0)
-        results = self._decode(self._share(requests))
+        results = self._decode(self._share(requests), len(requests))
         for rank in range(1, dist.get_world_size()):
             results += _unpack_results(receive_arrays(rank))
         names = [request.request_id for request in requests]
@@ -184,10 +191,16 @@ class EmbeddedEngine:
         bounds = np.linspace(0, len(requests), dist.get_world_size() + 1).round().astype(int)
         return requests[bounds[dist.get_rank()] : bounds[dist.get_rank() + 1]]
 
-    def _decode(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
+    def _decode(self, requests: list[GenerationRequest], total: int) -> list[GenerationResult]:
+        """Generate this rank's share of so many requests."""
         results: list[GenerationResult] = []
+
+        def tell(finished: int) -> None:
+            self._progress.advance((len(results) + finished) * total // len(requests), total)
+
         for first in range(0, len(requests), self.max_batch_sequences):
-            results += decode(self.model, requests[first : first + self.max_batch_sequences], self.policy_version)
+            batch = requests[first : first + self.max_batch_sequences]
+            results += decode(self.model, batch, self.policy_version, tell)
         return results
 
 

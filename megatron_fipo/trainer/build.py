@@ -79,6 +79,7 @@ def _build(config: RunConfig, progress: Progress, resources: ExitStack) -> Run:
             config.model.path,
             dtype,
             config.rollout.max_batch_sequences,
+            progress,
         )
         sync = InProcessSync(bridge, unwrap(actor.chunks), engine, config.weight_sync)
         controller, evaluation_prompts = make_controller(engine, progress) if make_controller else (None, ())

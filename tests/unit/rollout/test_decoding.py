@@ -67,6 +67,17 @@ def test_greedy_takes_the_most_likely_token_of_a_full_forward_pass(model: PreTra
         assert (result.finish_reason, result.policy_version) == ("length", 3)
 
 
+def test_the_number_of_ended_requests_is_told_after_every_token(model: PreTrainedModel) -> None:
+    told: list[int] = []
+    stops = sampling(stop_token_ids=tuple(range(0, VOCAB_SIZE, 4)))
+    requests = [request(prompt, stops, seed) for seed, prompt in enumerate(PROMPTS)]
+    results = decode(model, requests, policy_version=0, on_finished=told.append)
+    stopped = [len(result.token_ids) for result in results if result.finish_reason == "stop"]
+    longest = max(len(result.token_ids) for result in results)
+    assert stopped
+    assert told == [sum(length <= place for length in stopped) for place in range(1, longest + 1)]
+
+
 def test_greedy_agrees_with_transformers_own_generation(model: PreTrainedModel) -> None:
     config = GenerationConfig(max_new_tokens=LIMIT, do_sample=False, eos_token_id=None, pad_token_id=0)
     for prompt in PROMPTS:
