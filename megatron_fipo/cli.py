@@ -3,12 +3,13 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megatron_fipo.config.evaluate import EvaluateConfig
     from megatron_fipo.config.run import RunConfig
 
 USAGE = """\
@@ -17,11 +18,13 @@ megatron-fipo train CONFIG.yaml [--section.field value ...]
   train     Run the configuration. Start it with srun (slurm/train.sbatch) or
             torchrun on several ranks, or plainly on one.
             `--mode rollout_only` records rollouts, `--mode train_only` trains on recorded ones.
+  evaluate  Try prompts with answers on a model folder, such as a run's export: Avg@k, Cons@k and Pass@k with their
+            intervals. CONFIG.yaml may be the run's own. Started again, it goes on where it stopped.
   inspect   Show the steps of a run directory, its samples, and their tokens with log-ratio, Future-KL and influence
             weight; `megatron-fipo inspect --help` says how. Reads files alone.
   check     Read the configuration and say what is wrong with it, also on WORLD_SIZE ranks where that is set.
 
-`megatron-fipo train --help` lists every field.
+`megatron-fipo train --help` lists every field, and so does `megatron-fipo evaluate --help`.
 """
 
 
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
-    commands = {"train": _train, "check": _check, "inspect": _inspect}
+    commands = {"train": _train, "evaluate": _evaluate, "check": _check, "inspect": _inspect}
     if words[0] not in commands:
         print(f"megatron-fipo: no command {words[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
@@ -50,16 +53,27 @@ def _train(words: Sequence[str]) -> int:
     from megatron_fipo.launch.slurm import rank_variables
 
     os.environ.update(rank_variables(os.environ))
-    if (config := _read_config("train", words)) is None:
+    if (config := _read_run_config("train", words)) is None:
         return 0 if _asks_for_help(words) else 2
     config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
     return _train_on_ranks(config)
 
 
+def _evaluate(words: Sequence[str]) -> int:
+    from megatron_fipo.config.evaluate import EvaluateConfig
+    from megatron_fipo.config.run import RunConfig
+    from megatron_fipo.launch.slurm import rank_variables
+
+    os.environ.update(rank_variables(os.environ))
+    if (config := _read_config(EvaluateConfig, "evaluate", words, RunConfig)) is None:
+        return 0 if _asks_for_help(words) else 2
+    return _evaluate_on_ranks(config)
+
+
 def _check(words: Sequence[str]) -> int:
     from megatron_fipo.runtime.run_dir import RunDirectory
 
-    if (config := _read_config("check", words)) is None:
+    if (config := _read_run_config("check", words)) is None:
         return 0 if _asks_for_help(words) else 2
     # As slurm/train.sbatch gives it; empty where Slurm does not tell.
     if ranks := os.environ.get("WORLD_SIZE"):
@@ -78,37 +92,58 @@ def _asks_for_help(words: Sequence[str]) -> bool:
     return bool(words) and words[0] in ("-h", "--help")
 
 
-def _read_config(command: str, words: Sequence[str]) -> "RunConfig | None":
+def _read_run_config(command: str, words: Sequence[str]) -> "RunConfig | None":
+    from megatron_fipo.config.run import RunConfig
+
+    return _read_config(RunConfig, command, words)
+
+
+def _read_config[T](cls: type[T], command: str, words: Sequence[str], wider: type | None = None) -> T | None:
     """Read the configuration that a command names; none where it asks for help or names none, which is told."""
     from megatron_fipo.config.help import help_text
     from megatron_fipo.config.load import load_config
-    from megatron_fipo.config.run import RunConfig
 
     if _asks_for_help(words):
-        print(help_text(RunConfig, f"megatron-fipo {command} CONFIG.yaml [--section.field value ...]"), end="")
+        print(help_text(cls, f"megatron-fipo {command} CONFIG.yaml [--section.field value ...]"), end="")
         return None
     if not words or words[0].startswith("-"):
         print(f"megatron-fipo: {command} needs a configuration file first\n\n{USAGE}", end="", file=sys.stderr)
         return None
-    return load_config(RunConfig, Path(words[0]), words[1:])
+    return load_config(cls, Path(words[0]), words[1:], wider)
 
 
 def _train_on_ranks(config: "RunConfig") -> int:
     # Heavy imports come after the configuration was read, so that its errors are instant.
     from megatron_fipo.display.watch import watch_run
-    from megatron_fipo.runtime.errors import RunError
-    from megatron_fipo.runtime.logging import setup_logging
     from megatron_fipo.trainer.build import build_run
     from megatron_fipo.trainer.loop import train
+
+    def work(rank: int) -> None:
+        with watch_run(config.metrics.live_view, rank) as progress:
+            train(build_run(config, progress))
+
+    return _on_ranks(work, "the run stopped")
+
+
+def _evaluate_on_ranks(config: "EvaluateConfig") -> int:
+    from megatron_fipo.trainer.evaluate import evaluate
+
+    return _on_ranks(lambda rank: evaluate(config), "the evaluation stopped")
+
+
+def _on_ranks(work: Callable[[int], None], end: str) -> int:
+    """Do the work of this rank, which it is told, in its process group; returns the exit status."""
+    from megatron_fipo.runtime.errors import RunError
+    from megatron_fipo.runtime.logging import setup_logging
 
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank)
     try:
-        with _process_group(), watch_run(config.metrics.live_view, rank) as progress:
-            train(build_run(config, progress))
+        with _process_group():
+            work(rank)
     except RunError as error:
         if rank == 0:
-            print(f"megatron-fipo: the run stopped: {error}", file=sys.stderr)
+            print(f"megatron-fipo: {end}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -32,7 +32,7 @@ Keys = tuple[str, ...]
 """Where a value lies: the keys from the root to it."""
 
 
-def load_config[T](cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+def load_config[T](cls: type[T], path: Path, overrides: Sequence[str] = (), wider: type | None = None) -> T:
     """Read a configuration.
 
     Args:
@@ -41,13 +41,16 @@ def load_config[T](cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T
         overrides: Command-line words, `--section.field value ...` or `--section.field=value`; the later wins.
             Values are written as in YAML or, where that does not fit the field, as plain text. With `--help`
             among them the fields are printed and the program exits.
+        wider: A root section that the file may have been written for; fields that it has and `cls` has not are left
+            out of the file.
 
     Raises:
         ConfigError: The file cannot be read, a key is unknown or given twice, a value does not fit its field,
             or a section's own check refuses it.
     """
     words = [word for word in overrides if word not in ("--help", "-h")]
-    raw = _read_yaml(path)
+    content = _read_yaml(path)
+    raw: object = content if wider is None else _shared_part(cls, wider, content)
     # A variant is chosen before its fields are set, whatever the order on the command line.
     for path_in_config, texts in sorted(_split_overrides(words), key=lambda setting: setting[0][-1] != "type"):
         raw = _override(cls, raw, path_in_config, texts, ())
@@ -56,6 +59,17 @@ def load_config[T](cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T
         markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
         tyro.cli(cls, default=config, args=["--help"], use_underscores=True, config=markers)
     return config
+
+
+def _shared_part(cls: Any, wider: Any, raw: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What is left of a section's plain values without the keys that the wider section alone has."""
+    own, more = fields_of(cls), fields_of(wider)
+    kept = {key: value for key, value in raw.items() if key in own or key not in more}
+    for key in kept.keys() & own.keys() & more.keys():
+        mine, others = sections_in(own[key][0]), sections_in(more[key][0])
+        if isinstance(kept[key], Mapping) and len(mine) == len(others) == 1:
+            kept[key] = _shared_part(mine[0], others[0], kept[key])
+    return kept
 
 
 def dump_config(config: object) -> str:
@@ -140,7 +154,7 @@ def _parse_yaml(text: str, name: str) -> object:
         loader.dispose()
 
 
-def _read_yaml(path: Path) -> object:
+def _read_yaml(path: Path) -> dict[Any, Any]:
     def refuse(value: object, rule: str, way_out: str) -> ConfigError:
         return ConfigError("configuration file", value, rule, way_out)
 

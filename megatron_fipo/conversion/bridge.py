@@ -5,7 +5,6 @@ scattered inside its tensor-parallel group, and broadcast to the other replicas.
 under their Hugging Face names, in which every rank takes part.
 """
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,13 @@ from transformers import AutoConfig
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.conversion.bridge_import import import_bridge
-from megatron_fipo.conversion.hf_folder import INDEX_NAME, SINGLE_NAME, check_weights, read_model_config
+from megatron_fipo.conversion.hf_folder import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    check_weights,
+    model_config_for,
+    read_model_config,
+)
 from megatron_fipo.parallel.context import ParallelContext
 
 _VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -78,17 +83,8 @@ class HfBridge:
 
     def export_config(self, dtype: torch.dtype) -> dict[str, Any]:
         """Contents of config.json for an export in `dtype`, overrides applied."""
-        config = copy.deepcopy(self.source_config)
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        if self._context_length is not None:
-            config["max_position_embeddings"] = self._context_length
-        if self._rope_base is not None:
-            # transformers 5 reads rope_parameters; older readers know rope_theta alone.
-            config["rope_theta"] = self._rope_base
-            if isinstance(config.get("rope_parameters"), dict):
-                config["rope_parameters"]["rope_theta"] = self._rope_base
-        return config
+        name = str(dtype).removeprefix("torch.")
+        return model_config_for(self.source_config, name, self._context_length, self._rope_base)
 
     def load(self, model: list[Any], context: ParallelContext) -> None:
         """Fill the model chunks from the folder; collective over all ranks.

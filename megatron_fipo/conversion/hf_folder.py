@@ -1,13 +1,16 @@
 """Checks a Hugging Face model folder before anything is built from it, and writes one."""
 
+import copy
+import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,6 +18,9 @@ from megatron_fipo.config.base import ConfigError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Weights in forms that are not read, which may lie beside those that are.
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_FINGERPRINT_BYTES = 4096
 # Files beside the weights that an export carries over unchanged.
 _CARRIED = (
     "generation_config.json",
@@ -55,6 +61,74 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         rule = f"must contain a readable config.json, and it is not JSON (line {error.lineno}: {error.msg})"
     raise ConfigError(field="model.path", value=str(folder), rule=rule, way_out="fetch the model's files again")
+
+
+def model_config_for(
+    source: dict[str, Any], dtype: str, context_length: int | None = None, rope_base: float | None = None
+) -> dict[str, Any]:
+    """Contents of config.json for the model in another precision, position range or rotary base.
+
+    Args:
+        source: The folder's config.json; left as it is.
+        dtype: Precision, such as "bfloat16".
+        context_length: Longest position; None keeps it.
+        rope_base: Base of the rotary embedding; None keeps it.
+    """
+    config = copy.deepcopy(source)
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    if context_length is not None:
+        config["max_position_embeddings"] = context_length
+    if rope_base is not None:
+        # transformers 5 reads rope_parameters; older readers know rope_theta alone.
+        config["rope_theta"] = rope_base
+        if isinstance(config.get("rope_parameters"), dict):
+            config["rope_parameters"]["rope_theta"] = rope_base
+    return config
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Stream (name, tensor) pairs of all weight files, file by file; one tensor at a time is in memory."""
+    for path in _weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """Digest that tells model folders apart without reading all weights.
+
+    Of weight files it covers the header and the two ends of every tensor's data, of other files everything. Training
+    changes nearly every element of nearly every tensor, so two checkpoints differ there.
+    """
+    digest = hashlib.sha256()
+    weights = _weight_files(folder)
+    others = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES)
+    for path in (*weights, *others):
+        digest.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            for start, stop in _sampled_ranges(file) if path in weights else [(0, path.stat().st_size)]:
+                file.seek(start)
+                digest.update(file.read(stop - start))
+    return digest.hexdigest()
+
+
+def _sampled_ranges(file: BinaryIO) -> list[tuple[int, int]]:
+    """Bytes of a weight file that its fingerprint covers."""
+    start = 8 + struct.unpack("<Q", file.read(8))[0]
+    header = json.loads(file.read(start - 8))
+    header.pop("__metadata__", None)
+    ranges = [(0, start)]
+    for entry in header.values():
+        first, last = (start + offset for offset in entry["data_offsets"])
+        ranges += [(first, min(first + _FINGERPRINT_BYTES, last)), (max(first, last - _FINGERPRINT_BYTES), last)]
+    return ranges
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX_NAME).is_file():
+        return [folder / name for name in sorted(set(_read_weight_map(folder).values()))]
+    return [folder / SINGLE_NAME]
 
 
 def check_weights(folder: Path) -> dict[str, list[int]]:

@@ -1,0 +1,143 @@
+"""Builds what `megatron-fipo evaluate` needs from its configuration."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_fipo.config.base import require
+from megatron_fipo.config.evaluate import EvaluateConfig
+from megatron_fipo.conversion.hf_folder import (
+    check_weights,
+    fingerprint_folder,
+    model_config_for,
+    read_model_config,
+)
+from megatron_fipo.data.evaluation import load_sources
+from megatron_fipo.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_fipo.platform.device import DTYPES
+from megatron_fipo.rewards.check import check_prompts
+from megatron_fipo.rewards.pool import RewardPool
+from megatron_fipo.rollout.controller import Decode, RolloutController
+from megatron_fipo.rollout.embedded import EmbeddedEngine
+from megatron_fipo.rollout.engine import SamplingParameters
+from megatron_fipo.rollout.scoring import Scoring
+from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
+from megatron_fipo.trainer.evaluation_directory import prepare_directory
+from megatron_fipo.trainer.problems import evaluation_sampling, select_prompts
+from megatron_fipo.trainer.rollout_side import RolloutSide
+from megatron_fipo.types import Prompt
+from megatron_fipo.weight_sync.folder import FolderSync
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problems:
+    """What is tried, on rank 0.
+
+    Attributes:
+        prompts: The problems.
+        sampling: How their responses are drawn.
+        decode: Token ids to text.
+        fingerprints: Digest of each input's content, by the field that names the input.
+    """
+
+    prompts: tuple[Prompt, ...]
+    sampling: SamplingParameters
+    decode: Decode
+    fingerprints: Mapping[str, str]
+
+
+def prepare_problems(config: EvaluateConfig) -> Problems:
+    """Check and load the inputs, and make the directory.
+
+    Raises:
+        ConfigError: An input cannot be used, or the directory holds another evaluation.
+    """
+    folder = config.model.path
+    model = read_model_config(folder)
+    check_weights(folder)
+    _check_positions(config, model)
+    tokenizer = load_tokenizer(folder, int(model["vocab_size"]))
+    usable = load_sources(config.data.evaluation, config.data, tokenizer, limit=config.evaluation.num_prompts)
+    check_prompts(config.reward, usable, "data.evaluation")
+    prompts = select_prompts(usable, config.evaluation.num_prompts)
+    fingerprints = {"model.path": fingerprint_folder(folder), "data.evaluation": _fingerprint(prompts)}
+    prepare_directory(config, fingerprints)
+    training = SamplingParameters(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        max_tokens=config.rollout.max_response_tokens,
+        stop_token_ids=stop_token_ids(folder, tokenizer, config.rollout.stop_token_ids),
+    )
+    return Problems(
+        prompts=prompts,
+        sampling=evaluation_sampling(training, config.evaluation),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        fingerprints=fingerprints,
+    )
+
+
+def _check_positions(config: EvaluateConfig, model: Mapping[str, Any]) -> None:
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    positions = config.model.context_length or int(model["max_position_embeddings"])
+    require(
+        longest <= positions,
+        field="rollout.max_response_tokens",
+        value=config.rollout.max_response_tokens,
+        rule=(
+            f"must not exceed, with data.max_prompt_tokens = {config.data.max_prompt_tokens}, the model's {positions} "
+            "positions"
+        ),
+        way_out=f"shorten prompts or responses, or set model.context_length to {longest} or more",
+    )
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Digest of ids, tokens, reference answers and what else scorers look at."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        others = (prompt.id, prompt.source, prompt.answer, sorted(prompt.metadata.items()))
+        for content in (prompt.token_ids.astype("<i4").tobytes(), repr(others).encode(errors="backslashreplace")):
+            digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+@contextmanager
+def build_generation(config: EvaluateConfig, problems: Problems | None) -> Iterator[RolloutSide]:
+    """Start grading and the engine, and fill it from the folder; collective over all ranks.
+
+    Args:
+        config: The evaluation.
+        problems: On rank 0 alone.
+
+    Raises:
+        ConfigError: The model or the reward cannot be used; raised on every rank.
+        RunError: Grading did not start; raised on every rank.
+    """
+    with ExitStack() as resources:
+        pool = on_main_rank(
+            lambda: resources.enter_context(RewardPool(config.reward, config.rollout.max_response_tokens))
+        )
+        engine = on_every_rank(lambda: _build_engine(config))
+        sync = FolderSync(config.model.path, engine, config.weight_sync)
+        on_every_rank(lambda: sync.push(0))
+        controller = None
+        if problems is not None and pool is not None:
+            controller = RolloutController(
+                engine=engine,
+                stream=None,
+                scoring=Scoring(pool, config.reward.on_error),
+                decode=problems.decode,
+                config=config.rollout,
+                sampling=problems.sampling,
+                drop_zero_variance=False,
+                seed=config.seed,
+            )
+        yield RolloutSide(engine=engine, weight_sync=sync, controller=controller)
+
+
+def _build_engine(config: EvaluateConfig) -> EmbeddedEngine:
+    model = config.model
+    content = model_config_for(read_model_config(model.path), model.dtype, model.context_length, model.rope_base)
+    return EmbeddedEngine(content, model.path, DTYPES[model.dtype], config.rollout.max_batch_sequences)

@@ -1,0 +1,64 @@
+"""The directory of `megatron-fipo evaluate`: which evaluation it is of, and how one that stopped goes on."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.evaluate import EvaluateConfig
+from megatron_fipo.config.load import dump_config, load_config
+from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.runtime.run_dir import RunDirectory
+
+_INPUTS = "inputs.json"
+
+
+def prepare_directory(config: EvaluateConfig, fingerprints: Mapping[str, str]) -> None:
+    """Make the directory, or find that it holds the same evaluation.
+
+    Args:
+        config: The evaluation.
+        fingerprints: Digest of each input's content, by the field that names the input.
+
+    Raises:
+        ConfigError: It holds something else, or an evaluation with other settings or inputs.
+    """
+    folder = config.output_dir
+    if not (folder / _INPUTS).is_file():
+        directory = RunDirectory.create(folder, dump_config(config))
+        write_json(directory.path / _INPUTS, fingerprints)
+        return
+    for field, mine, theirs in _differences(config, load_config(EvaluateConfig, folder / "config.yaml"), ""):
+        raise _other_evaluation(folder, field, mine, f"was {theirs}")
+    known = json.loads((folder / _INPUTS).read_text(encoding="utf-8"))
+    for field, digest in fingerprints.items():
+        if known.get(field) != digest:
+            raise _other_evaluation(
+                folder, field, f"content {digest[:12]}", f"had content {str(known.get(field))[:12]}"
+            )
+
+
+def _other_evaluation(folder: Path, field: str, value: object, rule: str) -> ConfigError:
+    return ConfigError(
+        field=field,
+        value=value,
+        rule=f"{rule} in the evaluation that {folder} holds, and results of both would mix",
+        way_out="set it back to go on with that one, or choose another output_dir",
+    )
+
+
+def _differences(mine: Any, theirs: Any, path: str) -> Iterator[tuple[str, object, object]]:
+    """Fields that differ, dotted, with both values. Paths do not count: what lies there does."""
+    if isinstance(mine, Path) and isinstance(theirs, Path):
+        return
+    if dataclasses.is_dataclass(mine) and type(mine) is type(theirs):
+        for field in dataclasses.fields(mine):
+            dotted = f"{path}.{field.name}" if path else field.name
+            yield from _differences(getattr(mine, field.name), getattr(theirs, field.name), dotted)
+    elif isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs):
+        for place, pair in enumerate(zip(mine, theirs, strict=True)):
+            yield from _differences(*pair, f"{path}.{place}")
+    elif mine != theirs:
+        yield path, mine, theirs
