@@ -8,12 +8,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from rich.console import Console, ScreenContext
 from rich.control import Control
+from rich.text import Text
 
 from megatron_fipo.display.live_state import LiveState
 from megatron_fipo.display.plain_text import harmless
@@ -94,9 +96,9 @@ class LiveView(LiveState):
                     size = self._console.size
                     self._console.clear()
                 self.paint()
-            # A terminal that is gone, or a number that cannot be shown, must not end the run.
+            # A terminal that is gone, or a value that cannot be shown, must not end the run.
             except Exception:
-                self._restore()
+                self._restore(with_frame=False)
                 own_logger().warning("the live view ended:\n%s", traceback.format_exc())
                 return
             interval = max(_SHORTEST_INTERVAL_S, (time.thread_time() - started) / _LARGEST_SHARE)
@@ -109,23 +111,30 @@ class LiveView(LiveState):
             self._console.control(Control.home())
             self._screen.update(Screen(self.view(), self.clock()))
 
-    def _restore(self) -> None:
+    def _restore(self, with_frame: bool = True) -> None:
         screen, self._screen = self._screen, None
         if screen is None:
             return
         self._capture.end()
-        screen.__exit__(None, None, None)
+        # The terminal may be gone.
+        with suppress(OSError):
+            screen.__exit__(None, None, None)
+            self._leave_behind(with_frame)
         if self._guard is not None:
             self._guard.kill()
             self._guard.communicate()
+
+    def _leave_behind(self, with_frame: bool) -> None:
+        """Print what the screen has shown, and what the other ranks wrote meanwhile."""
         view = self.view()
         for line in view.lines:
-            self._console.print(harmless(line), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(Text(harmless(line)), soft_wrap=True)
         view.lines.clear()
-        self._console.print(Screen(view, self.clock()))
+        if with_frame:
+            self._console.print(Screen(view, self.clock()))
         for path in sorted((self._logs or Path()).glob("rank_*.log")):
             if path.name != "rank_0.log" and (text := path.read_text(encoding="utf-8", errors="replace")):
-                self._console.print(harmless(f"{path}:\n{text}", newline="\n"), markup=False, highlight=False)
+                self._console.print(Text(harmless(f"{path}:\n{text}", newline="\n")), soft_wrap=True)
 
 
 def _guard_terminal(console: Console) -> "subprocess.Popen[bytes] | None":
