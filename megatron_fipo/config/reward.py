@@ -37,7 +37,8 @@ class MathTerm(TermConfig):
 
     answer_from: Literal["any", "boxed", "answer_line", "last_expression"] = "any"
     """Where the answer stands: "boxed" in the last \\boxed{}, "answer_line" behind the last "Answer:",
-    "last_expression" is the last expression of the response; "any" takes the first of these three that there is."""
+    "last_expression" where math-verify finds it at the response's end (behind "the final answer is", else the last
+    formula or number); "any" takes the first of these three that there is."""
 
 
 @config_class

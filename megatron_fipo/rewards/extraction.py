@@ -63,6 +63,6 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 
 def find_answer_line(text: str) -> str | None:
-    """What follows the last "Answer:" on its line, without bold marks and a closing full stop."""
+    """What follows the last "Answer:" on its line, without bold marks and closing full stops."""
     found = _ANSWER_LINE.findall(text[-MAX_SEARCHED_CHARACTERS:])
-    return found[-1].strip().rstrip("*").removesuffix(".").strip() if found else None
+    return found[-1].rstrip(" \t\r*.").strip() if found else None

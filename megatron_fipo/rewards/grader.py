@@ -105,9 +105,12 @@ class Grader:
                 kind, problem = error.args
                 return {"failure": kind, "term": named.name, "problem": problem[:1000]}
         weighted = {named.name: named.weighted(verdict) for named, verdict in zip(self._terms, verdicts, strict=True)}
+        reward = sum(weighted.values())
+        if not math.isfinite(reward):
+            return {"failure": "not_finite", "term": "the sum", "problem": f"{reward} is not a finite number"}
         return {
             "score": verdicts[0].score,
-            "reward": sum(weighted.values()),
+            "reward": reward,
             "terms": weighted,
             "answer": verdicts[0].answer,
             "timed_out": bool(given_up),

@@ -24,6 +24,7 @@ for _name in ("math_verify", "latex2sympy2_extended"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 _TARGETS = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+_INTEGER = re.compile(r"-?\d{1,15}", re.ASCII)
 _PERCENT = re.compile(r"\s*\\?%$")
 _MATH_DELIMITERS = re.compile(r"^(?:\$\$|\$|\\\(|\\\[)(.*?)(?:\$\$|\$|\\\)|\\\])$", re.DOTALL)
 
@@ -69,7 +70,13 @@ class MathAnswer:
         return _last_expression(text) if self.answer_from in ("any", "last_expression") else None
 
 
+@functools.lru_cache(maxsize=4096)
 def _equal(reference: str, answer: str) -> bool:
+    """Whether the answer equals the reference, which can be parsed; what is plain to see needs no parser."""
+    if reference == answer:
+        return True
+    if _INTEGER.fullmatch(reference) and _INTEGER.fullmatch(answer):
+        return int(reference) == int(answer)
     return bool(verify(list(_parsed(reference)), list(_parsed(answer)), timeout_seconds=None))
 
 

@@ -17,7 +17,8 @@ _TEX_FRACTION = rf"\\[dt]?frac\s*\{{\s*([-+]?{_DECIMAL})\s*\}}\s*\{{\s*({_DECIMA
 _NUMBER = re.compile(
     # Not inside a word or another number; a minus after a number is a difference.
     rf"(?<![\w.,])(?P<sign>[-+]?)\s*\\?\$?\s*(?:{_TEX_FRACTION}|({_DECIMAL})(?:\s*/\s*({_DECIMAL}))?)"
-    r"(?P<percent>\s*\\?%)?(?![\w]|[.,]\d|\s*/)"
+    r"(?P<percent>\s*\\?%)?(?!\w|[.,]\d|\s*/)",
+    re.ASCII,
 )
 
 

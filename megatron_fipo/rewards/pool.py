@@ -10,6 +10,7 @@ from any event loop, `submit` gives a future to wait for without one.
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -27,19 +28,28 @@ from megatron_fipo.rewards.grader import FailureKind, describe_terms
 from megatron_fipo.rewards.messages import LENGTH_BYTES, as_literal, body_length, decode_body, encode_message
 from megatron_fipo.runtime.errors import RunError
 
+logger = logging.getLogger(__name__)
+
 GRACE_S = 1.0
 """What a process may be late beyond a term's time limit, which it keeps itself where it can."""
 START_TIMEOUT_S = 120.0
 """Imports from a cold network file system are slow."""
 MAX_BATCH = 32
 """Jobs sent to a process at once."""
+MAX_BATCH_CHARACTERS = 2_000_000
+"""A batch is closed once its responses have so many."""
 JOBS_PER_WORKER = 16
 """One more process is started for each so many jobs that wait."""
 MAX_DEATHS = 2
 """So many processes may die with a job unanswered before it is at fault."""
 
 _PACKAGE_PARENT = Path(__file__).parents[2]
-_ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+_ENVIRONMENT = {
+    **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")},
+    "CUDA_VISIBLE_DEVICES": "",
+    # The order of sets must not change a verdict from run to run.
+    "PYTHONHASHSEED": "0",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,9 +365,15 @@ class RewardPool:
                     self._put_back(batch, worker, error)
                     worker = None
                     self.num_replaced += 1
+        except asyncio.CancelledError:
+            self._fail(batch, RunError("the reward pool was closed"))
+            raise
+        except (ConfigError, OSError) as error:
+            # What the first process could do, a later one cannot: no longer a matter of the configuration.
+            self._give_up(batch, RunError(f"a grading process could not be started: {error}"))
         except Exception as error:
             # Whatever it was, nobody may wait for ever.
-            self._fail_all(batch, error)
+            self._give_up(batch, error)
         finally:
             if worker is not None:
                 await worker.end()
@@ -367,7 +383,10 @@ class RewardPool:
         async with state.news:
             await state.news.wait_for(lambda: bool(state.queue))
         share = -(-len(state.queue) // len(state.tasks))
-        batch.extend(state.queue.popleft() for _ in range(min(share, MAX_BATCH)))
+        characters = 0
+        while state.queue and len(batch) < min(share, MAX_BATCH) and characters < MAX_BATCH_CHARACTERS:
+            batch.append(state.queue.popleft())
+            characters += len(batch[-1].message.get("text", ""))
 
     async def _grade(self, worker: _Worker, batch: deque[_Job]) -> None:
         """Send the batch and settle its jobs one by one; those that are left had no answer."""
@@ -415,11 +434,17 @@ class RewardPool:
         job.deaths = 0
         return None
 
-    def _fail_all(self, batch: deque[_Job], error: BaseException) -> None:
-        """Without processes nothing can be graded: tell everybody who waits."""
-        for job in (*batch, *self._state.queue):
-            job.submission.fail(error)
-        self._state.queue.clear()
+    def _give_up(self, batch: deque[_Job], error: Exception) -> None:
+        """End a task: its jobs fail, and those that wait too if there is no other process to grade them."""
+        self._fail(batch, error)
+        if len(self._state.tasks) > 1:
+            logger.warning("%d grading processes go on without one: %s", len(self._state.tasks) - 1, error)
+        else:
+            self._fail(self._state.queue, error)
+
+    def _fail(self, jobs: deque[_Job], error: Exception) -> None:
+        while jobs:
+            jobs.popleft().submission.fail(error)
 
     async def _start_worker(self) -> _Worker:
         process = await asyncio.create_subprocess_exec(
@@ -451,15 +476,14 @@ class RewardPool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._fail_all(deque(), RunError("the reward pool was closed"))
+        self._fail(self._state.queue, RunError("the reward pool was closed"))
 
 
 def _environment() -> dict[str, str]:
-    """The parent's, with one thread for each process, without GPUs, and with this package to be found."""
+    """The parent's, but for `_ENVIRONMENT`, and with this package to be found."""
     paths = [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
-        **_ONE_THREAD,
-        "CUDA_VISIBLE_DEVICES": "",
+        **_ENVIRONMENT,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }

@@ -49,8 +49,8 @@ class PythonFunction:
         function = getattr(module, name, None)
         if function is None:
             raise ConfigError(field, path, f"{module_path} has no {name}", "correct the function's name")
-        if not callable(function) or inspect.isclass(function):
-            raise ConfigError(field, path, f"{name} is no function", "name a function")
+        if not callable(function) or inspect.isclass(function) or inspect.iscoroutinefunction(function):
+            raise ConfigError(field, path, f"{name} is no plain function", "name a function that returns a number")
         return cls(function, _parameters(function, field, path))
 
     def read_reference(self, response: Response) -> None:

@@ -8,20 +8,25 @@ import math
 import re
 
 MAX_ANSWER_CHARACTERS = 1_000
-MAX_BRACKET_DEPTH = 20
+MAX_BRACKET_DEPTH = 10
 MAX_DIGITS = 300
 """Digits of one number."""
 MAX_EXPONENT = 10_000
-"""Of a number written as an exponent, or of a power that stands in an exponent."""
+"""Of a number written as an exponent, and of the product or power that exponents upon each other come to."""
+MAX_TOWER = 3
+"""Exponents upon each other, letters included."""
 MAX_FACTORIAL = 10_000
+"""Of a number before an exclamation mark, and of the upper number of a binomial."""
 MAX_SEPARATORS = 100
 """Commas and semicolons."""
 
 _NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _POWER = r"(?:\^|\*\*)[\s({\[]*[-+]?\s*"
 _EXPONENT = re.compile(rf"{_POWER}(\d+)")
-_TOWER = re.compile(rf"{_POWER}(\d+)\s*{_POWER}(\d+)(\s*{_POWER}\d)?")
-_FACTORIAL = re.compile(r"(\d+)[\s)}\]]*!")
+_TOWER = re.compile(rf"{_POWER}(\d+)\s*{_POWER}(\d+)")
+_HIGH_TOWER = re.compile(rf"(?:{_POWER}(?:\d+|[A-Za-z])\s*){{{MAX_TOWER + 1}}}")
+_POWERS_OF_POWERS = re.compile(rf"(?:{_POWER}\d+[\s)}}\]]*){{2,}}")
+_FACTORIAL = re.compile(r"(\d+)[\s)}\]]*!|binom\s*\{?\s*(\d+)")
 _REPEATED_FACTORIAL = re.compile(r"![\s)}\]]*![\s)}\]]*!")
 # Left as questions they would be worked out and found right.
 _UNEVALUATED = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![a-zA-Z])|Integral|\\frac\s*\{\s*d\s*\}")
@@ -63,16 +68,22 @@ def _bracket_depth(text: str) -> int:
 
 
 def _has_large_power(text: str) -> bool:
-    if any(int(exponent) > MAX_EXPONENT for exponent in _EXPONENT.findall(text)):
+    if _HIGH_TOWER.search(text) or any(int(exponent) > MAX_EXPONENT for exponent in _EXPONENT.findall(text)):
         return True
-    for match in _TOWER.finditer(text):
-        base, exponent = int(match[1]), int(match[2])
-        if match[3] or (base > 1 and exponent * math.log(base) > math.log(MAX_EXPONENT)):
-            return True
-    return False
+    if any(_log_power(int(base), int(exponent)) > _MAX_LOG for base, exponent in _TOWER.findall(text)):
+        return True
+    runs = (_EXPONENT.findall(match[0]) for match in _POWERS_OF_POWERS.finditer(text))
+    return any(math.prod(map(int, run)) > MAX_EXPONENT for run in runs)
+
+
+_MAX_LOG = math.log(MAX_EXPONENT)
+
+
+def _log_power(base: int, exponent: int) -> float:
+    return exponent * math.log(base) if base > 1 else 0.0
 
 
 def _has_large_factorial(text: str) -> bool:
     if _REPEATED_FACTORIAL.search(text):
         return True
-    return any(int(number) > MAX_FACTORIAL for number in _FACTORIAL.findall(text))
+    return any(int(number or upper) > MAX_FACTORIAL for number, upper in _FACTORIAL.findall(text))
