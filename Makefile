@@ -6,7 +6,7 @@ export MEGATRON_FIPO_VENV
 BIN := $(MEGATRON_FIPO_VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart smollm2 lint test test-exhaustive
+.PHONY: help setup quickstart smollm2 docs lint test test-exhaustive
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -19,6 +19,10 @@ quickstart: setup ## Train a tiny model on this machine's CPU
 
 smollm2: setup ## Train SmolLM2-135M for three steps on this machine's CPU
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/smollm2_arithmetic/run.sh
+
+docs: setup ## Write the generated pages anew: configuration and metrics
+	@$(BIN)/python tools/generate_configuration_docs.py
+	@$(BIN)/python tools/generate_metric_docs.py
 
 lint: setup ## Style, types and import contracts
 	@$(BIN)/ruff check .
