@@ -22,6 +22,9 @@ type BoolArray = npt.NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length", "abort"]
 
+CORRECT_SCORE = 0.99
+"""Score from which an answer counts as right."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -73,6 +76,12 @@ class Sample:
     score: float = float("nan")
     reward_terms: Mapping[str, float] = field(default_factory=dict)
     answer: str | None = None
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the verdict is that the answer is right; without a score of its own, the reward is the verdict."""
+        verdict = self.reward if math.isnan(self.score) else self.score
+        return verdict >= CORRECT_SCORE
 
 
 @dataclass(slots=True, kw_only=True)
