@@ -77,9 +77,14 @@ def dump_config(config: object) -> str:
     return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
+def plain_values(config: object) -> dict[str, Any]:
+    """A section as mappings, lists, texts and numbers."""
+    return {name: _plain(getattr(config, name)) for name in fields_of(type(config))}
+
+
 def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in fields_of(type(value))}
+        return plain_values(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from megatron_fipo.actor.optimizer import ActorOptimizer
 from megatron_fipo.actor.train_step import TrainStep
 from megatron_fipo.config.algorithm import effective_algorithm
 from megatron_fipo.config.base import require
-from megatron_fipo.config.load import dump_config
+from megatron_fipo.config.load import dump_config, plain_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.data.evaluation import load_evaluation_prompts
 from megatron_fipo.data.stream import PromptStream
 from megatron_fipo.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_fipo.metrics.writer import MetricsWriter, check_sinks, open_sinks
 from megatron_fipo.parallel.context import ParallelContext, build_parallel_context
 from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rewards.check import check_prompts
@@ -62,6 +63,7 @@ def build_run(config: RunConfig, progress: Progress = NO_PROGRESS) -> Run:
 def _build(config: RunConfig, progress: Progress, resources: ExitStack) -> Run:
     context = build_parallel_context(config.parallelism, derive_seed(config.seed, "model"))
     on_main_rank(lambda: RunDirectory.check(config.output_dir))
+    on_main_rank(lambda: check_sinks(config.metrics))
     # Every node has its own view of the model folder.
     bridge = on_every_rank(lambda: HfBridge(config.model.path, config.model.context_length, config.model.rope_base))
     generates = config.mode != "train_only"
@@ -69,6 +71,7 @@ def _build(config: RunConfig, progress: Progress, resources: ExitStack) -> Run:
     recorded = on_main_rank(lambda: _find_recorded(config, bridge)) if not generates else None
     actor = _build_actor(config, bridge, context)
     directory = on_main_rank(lambda: RunDirectory.create(config.output_dir, dump_config(config)))
+    metrics_writer = on_main_rank(lambda: resources.enter_context(closing(_open_writer(config, directory))))
     if context.rank == 0:
         logger.info("effective algorithm:\n%s", effective_algorithm(config.algorithm))
     rollout = None
@@ -92,10 +95,16 @@ def _build(config: RunConfig, progress: Progress, resources: ExitStack) -> Run:
         actor=actor,
         rollout=rollout,
         directory=directory,
+        metrics_writer=metrics_writer,
         recorded=recorded or (),
         timer=PhaseTimer(progress),
         progress=progress,
     )
+
+
+def _open_writer(config: RunConfig, directory: RunDirectory | None) -> MetricsWriter:
+    assert directory is not None, "rank 0 has the run directory"
+    return MetricsWriter(directory, open_sinks(config.metrics, directory.path, plain_values(config)))
 
 
 def _prepare_generation(

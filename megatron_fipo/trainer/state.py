@@ -10,6 +10,7 @@ from megatron_fipo.actor.forward import ActorForward
 from megatron_fipo.actor.train_step import TrainStep
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
+from megatron_fipo.metrics.writer import MetricsWriter
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
@@ -44,6 +45,7 @@ class Run:
         actor: The model being trained; without optimizer in rollout-only runs.
         rollout: The generating side; None in train-only runs.
         directory: Run directory, on rank 0 alone.
+        metrics_writer: Writes metrics into it and elsewhere, on rank 0 alone.
         recorded: Recorded batches, one per step, in train-only runs.
         policy_version: Version of the actor's weights: how many steps have been applied.
         timer: Phase times of the current step.
@@ -56,6 +58,7 @@ class Run:
     actor: Actor
     rollout: RolloutSide | None
     directory: RunDirectory | None
+    metrics_writer: MetricsWriter | None
     recorded: Sequence[Path] = ()
     policy_version: int = 0
     timer: PhaseTimer = field(default_factory=PhaseTimer)
