@@ -29,8 +29,8 @@ _STEP = Section(
 
 _ROLLOUT = Section(
     "Rollout",
-    "About the batch that the step trains on, where nothing else is said. A score above 0 counts as right. Metrics of "
-    "a `<source>` are about the prompts of one data source, and present where sources have names.",
+    "About the batch that the step trains on, where nothing else is said. A score of 0.99 or more counts as right. "
+    "Metrics of a `<source>` are about the prompts of one data source, and present where sources have names.",
     (
         Metric(name="rollout/reward_mean", description="Mean reward of the batch's samples, shaping included."),
         Metric(name="rollout/score_mean", description="Mean score of the answers, before weights and shaping."),

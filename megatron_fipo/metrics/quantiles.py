@@ -18,12 +18,14 @@ _LARGEST_NUMBER = 0x7F800000  # +inf; what lies above is NaN
 _SIGN_KEPT = 0x7FFFFFFF
 
 
-def distributed_quantiles(distributions: list[Distribution], group: dist.ProcessGroup) -> list[tuple[Tensor, Tensor]]:
+def distributed_quantiles(
+    distributions: list[Distribution], group: dist.ProcessGroup | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Quantiles of all ranks' values: five all-reduces in `group`, of 2 KiB a wanted quantile and one count each.
 
     Args:
         distributions: This rank's parts, maybe without a value; every rank has as many, with the same levels.
-        group: Ranks that hold different parts.
+        group: Ranks that hold different parts; all by default.
 
     Returns:
         For each distribution the quantiles [levels] float32, which mean nothing where there is no value, and the number

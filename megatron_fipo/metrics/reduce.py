@@ -14,12 +14,12 @@ _OPERATIONS = {
 }
 
 
-def reduce_metrics(metrics: Metrics, group: dist.ProcessGroup) -> dict[str, Accumulator]:
+def reduce_metrics(metrics: Metrics, group: dist.ProcessGroup | None = None) -> dict[str, Accumulator]:
     """Merge every rank's metrics: one all-reduce of float64 per kind present, and five of integers for all quantiles.
 
     Args:
         metrics: This rank's part; every rank of the group has the same keys and kinds.
-        group: Ranks that hold different parts.
+        group: Ranks that hold different parts; all by default.
 
     Returns:
         All ranks' metrics, the wanted quantiles of a distribution each under its own name.

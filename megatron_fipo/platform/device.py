@@ -4,6 +4,7 @@ import importlib.util
 import os
 import resource
 
+import psutil
 import torch
 
 # Precisions by the names that configurations use.
@@ -37,3 +38,9 @@ def peak_memory_bytes() -> int:
     if uses_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def host_memory_bytes() -> int:
+    """Resident set of this process now."""
+    resident: int = psutil.Process().memory_info().rss
+    return resident

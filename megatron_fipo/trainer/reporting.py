@@ -1,32 +1,32 @@
 """What a run says about itself: one metrics line a step, sampled responses, log lines."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_fipo.actor.train_step import UpdateResult
+from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.metrics.evaluation_table import evaluation_table
-from megatron_fipo.platform.device import peak_memory_bytes
+from megatron_fipo.metrics.reduce import reduce_metrics
+from megatron_fipo.metrics.rollout_metrics import batch_metrics, group_metrics
+from megatron_fipo.platform.device import compute_device, host_memory_bytes, peak_memory_bytes
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.trainer.state import Run
 from megatron_fipo.trainer.token_report import sampled_groups
-from megatron_fipo.types import RolloutGroup, TrainBatch
+from megatron_fipo.types import Accumulator, Metrics, RolloutGroup, TrainBatch, render_metrics
 
 logger = logging.getLogger(__name__)
-
-# Update metrics whose step value is not the mean over updates.
-_SUMMED = ("fipo/dropped_sequences",)
 
 
 def report_start(run: Run, evaluation: Mapping[str, float]) -> None:
     """Write the line of step 0: the evaluation before training."""
     times = run.timer.drain()
-    if run.directory is not None:
+    if run.metrics_writer is not None:
         metrics = {"step": 0, **evaluation, **times}
-        run.directory.append_metrics(metrics)
+        run.metrics_writer.write(metrics)
         run.progress.end_step(0, metrics)
         _log_evaluation(run, 0, evaluation)
 
@@ -39,95 +39,75 @@ def report_step(
     results: Sequence[UpdateResult],
     evaluation: Mapping[str, float],
 ) -> None:
-    """Write a step's line to metrics.jsonl, samples to samples.jsonl, and a log line; rank 0 alone does anything."""
-    times = run.timer.drain()
-    if run.directory is None or batch is None:
+    """Write a step's metrics, samples and log lines on rank 0; collective over all ranks."""
+    times, memory = run.timer.drain(), _memory()
+    if run.directory is None or run.metrics_writer is None or batch is None:
         return
     metrics: dict[str, Any] = {"step": step, "policy_version": run.policy_version}
-    metrics |= _batch_metrics(batch)
+    metrics |= batch_metrics(batch)
     if rollout is not None:
-        metrics |= rollout.metrics
+        metrics |= group_metrics(rollout.groups) | rollout.metrics
         run.directory.append_samples(_sample_records(step, rollout.groups, run.config.metrics.samples_per_step))
     metrics |= combine_updates(results)
     if run.actor.train_step is not None and not results:
         metrics |= {"train/updates": batch.num_mini_batches, "train/updates_skipped": batch.num_mini_batches}
     metrics |= evaluation
     metrics |= times
-    metrics |= _throughput(batch, times)
-    run.directory.append_metrics(metrics)
+    metrics |= _throughput(batch, times) | memory
+    run.metrics_writer.write(metrics)
     run.progress.end_step(step, metrics)
     _log_step(run, metrics)
     _log_evaluation(run, step, evaluation)
 
 
-def _batch_metrics(batch: TrainBatch) -> dict[str, float]:
-    responses = batch.sequence_lengths - batch.prompt_lengths
-    return {
-        "rollout/reward_mean": float(batch.rewards.mean()),
-        "rollout/num_sequences": batch.num_sequences,
-        "rollout/response_length_mean": float(responses.mean()),
-        "rollout/response_length_max": int(responses.max()),
-        "rollout/prompt_length_mean": float(batch.prompt_lengths.mean()),
-        "rollout/advantage_abs_mean": float(np.abs(batch.advantages).mean()),
-    }
-
-
 def combine_updates(results: Sequence[UpdateResult]) -> dict[str, Any]:
-    """A step's metrics from those of its updates.
+    """A step's metrics from those of its updates, each combined as the catalogue says.
 
-    Values are means over the updates, but for `_max` and `_min` and for counts, which are summed. An update with
-    nothing to learn from (D = 0) has no loss, so it counts among the skipped alone. `fipo/null_future_kl_std` is of
-    the first update.
+    An update with nothing to learn from (D = 0) has no loss, so it counts among the skipped alone.
 
     Args:
         results: The updates in order; none where there was nothing to do.
     """
     if not results:
         return {}
-    counted = [result for result in results if result.denominator]
-    metrics: dict[str, Any] = {
+    return {
         "train/updates": len(results),
         "train/updates_skipped": sum(not result.applied for result in results),
-        "train/loss": _mean([result.loss for result in counted]),
-        "train/grad_norm": _mean([result.grad_norm for result in counted]),
-        "train/learning_rate": results[-1].learning_rate,
-        "train/loss_by_update": [result.loss for result in results],
-        "train/grad_norm_by_update": [result.grad_norm for result in results],
+        **CATALOGUE.combine([_update_metrics(result) for result in results]),
     }
-    for key in sorted({key for result in results for key in result.metrics} - set(metrics)):
-        values = [result.metrics[key] for result in results if key in result.metrics]
-        metrics[key] = _combine(key, values)
-    return metrics | _null_mini_batch(results[0])
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else math.nan
+def _update_metrics(result: UpdateResult) -> dict[str, float]:
+    # The loss of the update itself stands for the mean over tokens, which it may differ from.
+    metrics = {key: value for key, value in result.metrics.items() if key != "train/loss"}
+    metrics["train/learning_rate"] = result.learning_rate
+    metrics["train/loss_by_update"], metrics["train/grad_norm_by_update"] = result.loss, result.grad_norm
+    if result.denominator:
+        metrics["train/loss"], metrics["train/grad_norm"] = result.loss, result.grad_norm
+    if "fipo/future_kl_square_mean" in metrics:
+        variance = metrics["fipo/future_kl_square_mean"] - metrics["fipo/future_kl_mean"] ** 2
+        metrics["fipo/null_future_kl_std"] = max(variance, 0.0) ** 0.5
+    return metrics
 
 
-def _combine(key: str, values: Sequence[float]) -> float:
-    if key in _SUMMED:
-        return float(np.sum(values))
-    if key.endswith("_max"):
-        return float(np.max(values))
-    return float(np.min(values)) if key.endswith("_min") else _mean(values)
-
-
-def _null_mini_batch(first: UpdateResult) -> dict[str, float]:
-    """Spread of the Future-KL where it must be 0: before any update the policy is the old one."""
-    if "fipo/future_kl_square_mean" not in first.metrics:
-        return {}
-    mean, square = first.metrics["fipo/future_kl_mean"], first.metrics["fipo/future_kl_square_mean"]
-    return {"fipo/null_future_kl_std": max(square - mean**2, 0.0) ** 0.5}
+def _memory() -> dict[str, float]:
+    """Memory of the rank that uses most; collective over all ranks."""
+    used = {"perf/peak_memory_gib": peak_memory_bytes(), "perf/host_memory_gib": host_memory_bytes()}
+    one = torch.ones(1, dtype=torch.bool, device=compute_device())
+    parts: Metrics = {key: Accumulator.max(one * (value / 1024**3), one) for key, value in used.items()}
+    return render_metrics(reduce_metrics(parts))
 
 
 def _throughput(batch: TrainBatch, times: Mapping[str, float]) -> dict[str, float]:
-    rates = {"perf/peak_memory_gib": peak_memory_bytes() / 1024**3}
-    response_tokens = float(batch.response_mask.sum())
-    if times.get("time/rollout_s"):
-        rates["perf/rollout_response_tokens_per_s"] = response_tokens / times["time/rollout_s"]
-    if times.get("time/update_s"):
-        rates["perf/update_tokens_per_s"] = float(batch.sequence_lengths.sum()) / times["time/update_s"]
-    return rates
+    tokens = float(batch.sequence_lengths.sum())
+    counts = {
+        ("rollout", "perf/rollout_response_tokens_per_s"): float(batch.response_mask.sum()),
+        ("old_log_probs", "perf/old_log_probs_tokens_per_s"): tokens,
+        ("update", "perf/update_tokens_per_s"): tokens,
+    }
+    return {
+        key: count / times[f"time/{phase}_s"] for (phase, key), count in counts.items() if times.get(f"time/{phase}_s")
+    }
 
 
 def _sample_records(step: int, groups: Sequence[RolloutGroup], count: int) -> list[dict[str, Any]]:
