@@ -23,7 +23,7 @@ type BoolArray = npt.NDArray[np.bool_]
 FinishReason = Literal["stop", "length", "abort"]
 
 CORRECT_SCORE = 0.99
-"""Score from which an answer counts as right."""
+"""Score from which an answer counts as right; verifiable answers score 0 or 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +79,8 @@ class Sample:
 
     @property
     def is_correct(self) -> bool:
-        """Whether the verdict is that the answer is right; without a score of its own, the reward is the verdict."""
-        verdict = self.reward if math.isnan(self.score) else self.score
-        return verdict >= CORRECT_SCORE
+        """Whether the verdict is that the answer is right; false where there is no score."""
+        return self.score >= CORRECT_SCORE
 
 
 @dataclass(slots=True, kw_only=True)

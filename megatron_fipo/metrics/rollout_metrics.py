@@ -61,7 +61,7 @@ def _verdicts(prefix: str, samples: Sequence[Sample]) -> dict[str, float]:
     scores = [sample.score for sample in samples if sample.score == sample.score]
     if scores:
         metrics[f"{prefix}/score_mean"] = _mean(scores)
-    metrics[f"{prefix}/accuracy"] = _mean([sample.is_correct for sample in samples])
+        metrics[f"{prefix}/accuracy"] = _mean([sample.is_correct for sample in samples])
     return metrics
 
 

@@ -90,4 +90,4 @@ def _oldest_version(group: RolloutGroup) -> int:
 
 
 def _is_right(group: RolloutGroup) -> bool:
-    return all(sample.score > 0 for sample in group.samples)
+    return all(sample.is_correct for sample in group.samples)

@@ -9,9 +9,6 @@ from megatron_fipo.config.evaluation import EvaluationConfig
 from megatron_fipo.metrics.estimators import consensus_at_k, mean_interval, pass_at_k
 from megatron_fipo.types import RolloutGroup, Sample
 
-# The verdict's score from which a response counts as correct; verifiable answers score 0 or 1.
-CORRECT_SCORE = 0.99
-
 # Comparisons of two answers for one problem. The most frequent answers are compared first, so beyond the limit only
 # rare spellings stay apart.
 MAX_COMPARISONS = 256
@@ -79,11 +76,6 @@ class ProblemResult:
         return cls(**{**fields, "answers": tuple(AnswerClass(**each) for each in fields["answers"])})
 
 
-def is_correct(sample: Sample) -> bool:
-    """Whether the verdict on the sample's answer is that it is right; shaping and weights play no part."""
-    return sample.score >= CORRECT_SCORE
-
-
 async def problem_results(
     groups: Sequence[RolloutGroup], greedy: Sequence[RolloutGroup], num_samples: int, same_answer: SameAnswer
 ) -> list[ProblemResult]:
@@ -110,14 +102,14 @@ def _result(
         source=group.prompt.source,
         reference=group.prompt.answer,
         num_samples=num_samples,
-        num_correct=sum(map(is_correct, samples)),
+        num_correct=sum(sample.is_correct for sample in samples),
         num_unscored=num_samples - len(samples),
         num_truncated=sum(sample.finish_reason == "length" for sample in samples),
         response_length_mean=sum(len(sample.response_token_ids) for sample in samples) / max(len(samples), 1),
         answers=answers,
         majority_answer=answers[0].answer if answers else None,
         consensus=consensus_at_k(sizes, correct, num_samples, num_samples),
-        greedy_correct=None if greedy is None else any(map(is_correct, greedy)),
+        greedy_correct=None if greedy is None else any(sample.is_correct for sample in greedy),
         num_responses=len(samples) + len(greedy or ()),
     )
 
@@ -154,7 +146,7 @@ def _merge(
     for first, second in equal:
         joined, kept = leader[second], leader[first]
         leader = {spelling: kept if other == joined else other for spelling, other in leader.items()}
-    right = {leader[sample.answer] for sample in samples if sample.answer is not None and is_correct(sample)}
+    right = {leader[sample.answer] for sample in samples if sample.answer is not None and sample.is_correct}
     sizes: Counter[str] = Counter()
     for spelling, count in counts.items():
         sizes[leader[spelling]] += count

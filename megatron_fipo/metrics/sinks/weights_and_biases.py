@@ -25,6 +25,7 @@ class WandbSink:
     def __init__(self, config: WandbConfig, directory: Path, run_config: Mapping[str, Any]) -> None:
         import wandb
 
+        assert config.mode != "off", "without a run there is no sink"
         try:
             self._run = wandb.init(
                 project=config.project,

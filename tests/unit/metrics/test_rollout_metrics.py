@@ -69,9 +69,9 @@ def test_samples_are_told_apart_by_source_and_term() -> None:
     assert not CATALOGUE.undeclared(metrics)
 
 
-def test_without_names_and_scores_there_is_the_reward() -> None:
+def test_without_names_and_scores_little_is_known() -> None:
     metrics = group_metrics([group("", sample(1, reward=1.0), sample(1, reward=0.0))])
-    assert metrics == {"rollout/truncated_fraction": 0.0, "rollout/accuracy": 0.5}
+    assert metrics == {"rollout/truncated_fraction": 0.0}
 
 
 def test_lengths_are_of_the_whole_batch() -> None:
