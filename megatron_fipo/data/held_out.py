@@ -31,24 +31,22 @@ class HeldOut:
 
     def __init__(self, sources: Sequence[Source], wanted: int | float) -> None:
         self._sources = sources
-        # Ranks of one prompt are equal: sources that keep their duplicates hold out all of them.
         ranks = np.concatenate([source.ranks for source in sources])
-        owners = np.repeat(np.arange(len(sources)), [len(source.places) for source in sources])
-        places = np.concatenate([source.places for source in sources])
-        _, first = np.unique(ranks, return_index=True)
-        self._rows = list(zip(owners[first].tolist(), places[first].tolist(), strict=True))
+        # Equal prompts have equal ranks: where duplicates are kept, all of them are held out, and one is tried.
+        ranks, firsts = np.unique(ranks, return_index=True)
+        self._owners = np.repeat(np.arange(len(sources)), [len(source.places) for source in sources])[firsts]
+        self._places = np.concatenate([source.places for source in sources])[firsts]
         if isinstance(wanted, float):
-            limit = np.uint64(int(wanted * 2.0**64))
-            self._rows = self._rows[: int(np.searchsorted(ranks[first], limit))]
+            size = int(np.searchsorted(ranks, np.uint64(int(wanted * 2.0**64))))
         else:
             size = self._size_of(wanted)
-            limit = ranks[first][size] if size < len(first) else np.uint64(2**64 - 1)
-            self._rows = self._rows[:size]
-        self._check(wanted)
+        self._owners, self._places = self._owners[:size], self._places[:size]
+        if not self.prompts(limit=1):
+            raise _refusal(wanted, f"holds out no usable prompt of the {len(ranks):,} training prompts")
         for source in sources:
-            source.places = source.places[source.ranks >= limit]
-            if not len(source.places):
-                raise _refusal(wanted, f"leaves no training prompt in {source.origin}")
+            source.places = source.places[source.ranks > ranks[size - 1]]
+            if next(_usable(source, source.places), None) is None:
+                raise _refusal(wanted, f"leaves no usable training prompt in {source.origin}")
 
     def prompts(self, limit: int | None = None) -> tuple[Prompt, ...]:
         """The prompts source by source, those of a source in an order that is as good as random.
@@ -57,33 +55,24 @@ class HeldOut:
             limit: Prompts of each source at most; None for all.
         """
         found: list[Prompt] = []
-        for number, source in enumerate(self._sources):
-            places = (place for owner, place in self._rows if owner == number)
-            found += itertools.islice(_usable(source, places), limit)
+        for owner, source in enumerate(self._sources):
+            found += itertools.islice(_usable(source, self._places[self._owners == owner]), limit)
         return tuple(found)
 
     def _size_of(self, wanted: int) -> int:
         """How many of the rows in order have `wanted` usable prompts among them."""
         found = 0
-        for size, (owner, place) in enumerate(self._rows, start=1):
-            try:
-                self._sources[owner].prompt(place)
-            except UnusableRow:
-                continue
-            found += 1
+        for number, (owner, place) in enumerate(zip(self._owners, self._places, strict=True), start=1):
+            found += any(_usable(self._sources[owner], [place]))
             if found == wanted:
-                return size
+                return number
         raise _refusal(wanted, f"must not exceed the {found:,} usable prompts of data.train")
 
-    def _check(self, wanted: int | float) -> None:
-        if not self.prompts(limit=1):
-            raise _refusal(wanted, f"holds out no usable prompt of the {len(self._rows)} it takes")
 
-
-def _usable(source: Source, places: Iterable[int]) -> Iterator[Prompt]:
+def _usable(source: Source, places: Iterable[np.int64]) -> Iterator[Prompt]:
     for place in places:
         try:
-            yield source.prompt(place)
+            yield source.prompt(int(place))
         except UnusableRow:
             continue
 

@@ -120,7 +120,7 @@ class Source:
 
     def prompts(self, skipped: dict[SkipReason, SkippedRows]) -> Iterator[Prompt]:
         """The prompts in the source's order; rows that turn out unusable are added to `skipped`."""
-        for place in self.places.tolist():
+        for place in map(int, self.places):
             try:
                 yield self.prompt(place)
             except UnusableRow as error:
@@ -165,13 +165,18 @@ class Source:
         """The error that no row can be used."""
         skipped = [*self.rows.index.skipped.items(), *skipped_later.items()]
         reasons = "; ".join(rows.describe(reason) for reason, rows in skipped) or "it is empty"
-        columns = f"; its columns are {', '.join(self.rows.columns)}" if self.rows.columns else ""
         key, value = _origin(self.config)
+        if isinstance(self.config, ReasoningGymPrompts):
+            return ConfigError(
+                f"{self.field}.{key}", value, f"makes no usable prompt ({reasons})", "choose another task"
+            )
+        if self.config.answer_pattern is not None and {reason for reason, _ in skipped} == {"no_answer"}:
+            key, value = "answer_pattern", self.config.answer_pattern
         return ConfigError(
             field=f"{self.field}.{key}",
             value=value,
-            rule=f"holds no usable prompt ({reasons}){columns}",
-            way_out="correct the source, or the fields of data that describe it",
+            rule=f"gives no usable prompt ({reasons}); the columns are {', '.join(self.rows.columns) or 'unknown'}",
+            way_out="correct the file, or say with prompt_field, answer_field and answer_pattern how to read it",
         )
 
 

@@ -147,6 +147,7 @@ class PromptStream:
             skip_duplicates(self._sources)
         for source in self._sources:
             source.report()
+        # This also makes sure that no source is passed over for ever.
         self.first_prompts = {source.name: source.first_prompts(FIRST_PROMPTS) for source in self._sources}
         self.held_out = None if config.held_out is None else HeldOut(self._sources, config.held_out)
         self._courses = [Course(source, number, seed, config.shuffle) for number, source in enumerate(self._sources)]

@@ -138,6 +138,7 @@ GOOD = {"prompt": "q", "answer": "a"}
         (b'{"prompt": "q", "answer": ', "broken", "not JSON"),
         (b'{"prompt": "\xff", "answer": "a"}', "broken", "not UTF-8"),
         (b"[" * 100_000, "broken", "nested too deep"),
+        (b'{"prompt": "q", "answer": NaN}', "broken", "NaN is no number"),
         ([1], "broken", "not an object with columns"),
         ({"prompt": 5, "answer": "a"}, "broken", "neither text nor a list"),
         ({"prompt": {"role": "user"}, "answer": "a"}, "broken", "neither text nor a list"),
@@ -208,7 +209,7 @@ def test_the_report_names_the_first_rows_of_each_reason(load, caplog):
 
 def test_a_source_without_usable_prompts_is_an_error(load):
     message = refusal(load, b"{", {"prompt": "q"})
-    assert message.startswith("data.train.path = ") and "train.jsonl: holds no usable prompt" in message
+    assert message.startswith("data.train.path = ") and "train.jsonl: gives no usable prompt" in message
     assert "1 broken row (1)" in message and "1 no_answer row (2)" in message
     assert "it is empty" in refusal(load)
 
