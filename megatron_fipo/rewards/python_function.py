@@ -42,7 +42,7 @@ class PythonFunction:
         module_path, _, name = path.rpartition(":")
         try:
             module = _import(module_path)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 field, path, f"{module_path} cannot be imported ({type(error).__name__}: {error})", "correct the path"
             ) from error

@@ -17,7 +17,15 @@ from megatron_fipo.config.metrics import MetricsConfig
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.optimizer import OptimizerConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
-from megatron_fipo.config.reward import ExactMatchTerm, NumericTerm, OverlongTerm, ReasoningGymTerm, RewardConfig
+from megatron_fipo.config.reward import (
+    ExactMatchTerm,
+    MathTerm,
+    NumericTerm,
+    OverlongTerm,
+    PythonTerm,
+    ReasoningGymTerm,
+    RewardConfig,
+)
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.weight_sync import WeightSyncConfig
@@ -398,6 +406,65 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         for field, value in (("context_length", 0), ("rope_base", -1.0), ("rope_base", math.inf))
     ),
     (model, {"log_prob_chunk_tokens": 0}, "log_prob_chunk_tokens = 0: must be at least 1; 1024 is a good value"),
+    *(
+        (MathTerm, {"weight": value}, f"weight = {value}: must be finite; 1 is the usual weight")
+        for value in (math.nan, math.inf, -math.inf)
+    ),
+    *(
+        (
+            PythonTerm,
+            {"function": value},
+            f"function = {value}: must name a module or a file and a function in it; write package.module:function or "
+            "path/to/file.py:function",
+        )
+        for value in ("reward", "reward.py:", ":reward", "reward.py:my reward")
+    ),
+    (OverlongTerm, {"buffer_tokens": 0}, "buffer_tokens = 0: must be at least 1; DAPO has 4096 of 20480"),
+    *(
+        (
+            NumericTerm,
+            {field: value},
+            f"{field} = {value}: must be finite and not negative; 0 asks for the number itself",
+        )
+        for field in ("relative_tolerance", "absolute_tolerance")
+        for value in (-1.0, math.nan, math.inf)
+    ),
+    (
+        RewardConfig,
+        {"terms": {}},
+        "terms = {}: must name at least one term; write `terms: {correct: {type: math}}`",
+    ),
+    (
+        RewardConfig,
+        {"terms": {"My term": MathTerm()}},
+        'terms = My term: a term\'s name must be made of small letters, digits and underscores; "correct" is a good '
+        "name for the verdict",
+    ),
+    (
+        RewardConfig,
+        {"terms": {"long": OverlongTerm(), "correct": MathTerm()}},
+        "terms.long.type = overlong: the first term is the verdict on the answer, which a length is not; put the term "
+        "that judges the answer first",
+    ),
+    (
+        RewardConfig,
+        {"terms": {"correct": MathTerm(weight=0.0), "same": ExactMatchTerm(weight=0.0)}},
+        "terms = {'correct': 0.0, 'same': 0.0}: all weights are 0, so every reward would be; give the term that judges "
+        "the answer the weight 1",
+    ),
+    (RewardConfig, {"timeout_s": 0.0}, "timeout_s = 0.0: must be finite and at least 0.1; 5.0 is a good value"),
+    (RewardConfig, {"max_workers": 0}, "max_workers = 0: must be finite and at least 1; 8 is a good value"),
+    (
+        RewardConfig,
+        {"worker_memory_gib": math.nan},
+        "worker_memory_gib = nan: must be finite and at least 0.5; 4.0 is a good value",
+    ),
+    (
+        run_config,
+        {"reward": RewardConfig(terms={"correct": MathTerm(), "long": OverlongTerm(buffer_tokens=156)})},
+        "reward.terms.long.buffer_tokens = 156: must be below rollout.max_response_tokens = 156; a fifth of it is "
+        "DAPO's choice",
+    ),
     *(
         (
             ReasoningGymTerm,
