@@ -402,5 +402,7 @@ def _read_word(annotation: Any, text: str) -> object:
         value = _parse_yaml(text, "command line")
     except (yaml.YAMLError, ConfigError):
         return text
-    # YAML would cut text at " #" and at its ends; only quotes ask for its reading of text.
+    # YAML would cut text at " #" and at its ends, and take "#..." for nothing; only quotes ask for its reading of text.
+    if text.lstrip().startswith("#"):
+        return text
     return text if not text or isinstance(value, str) and text[0] not in "'\"" else value

@@ -211,6 +211,7 @@ def test_overrides_change_single_fields_and_the_last_wins(load):
         (["--note", "'null'"], "note", "null"),
         (["--note", "12"], "note", "12"),
         (["--note", "a # b: [c"], "note", "a # b: [c"),
+        (["--note", "#### (.*)"], "note", "#### (.*)"),
         (["--note="], "note", ""),
         (["--note=--x"], "note", "--x"),
         (["--optimizer.fused", "True"], "optimizer.fused", True),
