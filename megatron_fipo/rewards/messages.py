@@ -4,6 +4,7 @@ A lone surrogate, which a model may well write, travels as its escape.
 """
 
 import json
+import math
 import struct
 from typing import Any
 
@@ -32,7 +33,7 @@ def as_literal(value: Any) -> Any:
     """Make plain Python values of a prompt's metadata, so that `repr` writes a literal.
 
     JSON would turn tuples into lists and the numbers that name a graph's nodes into text, and a task's scorer looks for
-    what its generator made.
+    what its generator made. A number that is not finite, as a table has in an empty cell, becomes None.
 
     Raises:
         TypeError: There is something else in it than text, numbers, None, lists, tuples, sets and mappings.
@@ -42,6 +43,8 @@ def as_literal(value: Any) -> Any:
     for kind in (list, tuple, set):
         if isinstance(value, kind):
             return kind(as_literal(each) for each in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if value is None or type(value) in (bool, int, float, complex, str, bytes):
         return value
     # Text of NumPy's is text; its numbers have `item`.

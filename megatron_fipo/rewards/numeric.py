@@ -11,13 +11,15 @@ from megatron_fipo.rewards.screens import MAX_ANSWER_CHARACTERS
 MAX_DIGITS = 100
 """Digits of one number before and after the point, each; a longer one is no number."""
 
+# Few, or a long gap would be tried in every possible way.
+_SPACE = r"\s{0,3}"
 _DIGITS = rf"(?:\d{{1,3}}(?:,\d{{3}}){{1,33}}|\d{{1,{MAX_DIGITS}}})"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d{{0,{MAX_DIGITS}}})?|\.\d{{1,{MAX_DIGITS}}})(?:[eE][-+]?\d{{1,3}})?"
-_TEX_FRACTION = rf"\\[dt]?frac\s*\{{\s*([-+]?{_DECIMAL})\s*\}}\s*\{{\s*({_DECIMAL})\s*\}}"
+_TEX_FRACTION = rf"\\[dt]?frac{_SPACE}\{{{_SPACE}([-+]?{_DECIMAL}){_SPACE}\}}{_SPACE}\{{{_SPACE}({_DECIMAL}){_SPACE}\}}"
 _NUMBER = re.compile(
     # Not inside a word or another number; a minus after a number is a difference.
-    rf"(?<![\w.,])(?P<sign>[-+]?)\s*\\?\$?\s*(?:{_TEX_FRACTION}|({_DECIMAL})(?:\s*/\s*({_DECIMAL}))?)"
-    r"(?P<percent>\s*\\?%)?(?!\w|[.,]\d|\s*/)",
+    rf"(?<![\w.,])(?P<sign>[-+]?){_SPACE}\\?\$?{_SPACE}(?:{_TEX_FRACTION}|({_DECIMAL})(?:{_SPACE}/{_SPACE}({_DECIMAL}))?)"
+    rf"(?P<percent>{_SPACE}\\?%)?(?!\w|[.,]\d|{_SPACE}/)",
     re.ASCII,
 )
 

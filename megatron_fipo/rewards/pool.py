@@ -11,29 +11,25 @@ from any event loop, `submit` gives a future to wait for without one.
 import asyncio
 import contextlib
 import logging
-import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.reward import OverlongTerm, PythonTerm, RewardConfig
-from megatron_fipo.rewards.base import Response
+from megatron_fipo.rewards.base import Response, RewardError
 from megatron_fipo.rewards.grader import FailureKind, describe_terms
-from megatron_fipo.rewards.messages import LENGTH_BYTES, as_literal, body_length, decode_body, encode_message
+from megatron_fipo.rewards.messages import as_literal
+from megatron_fipo.rewards.process import GradingProcess, ProcessEndedError
 from megatron_fipo.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 1.0
 """What a process may be late beyond a term's time limit, which it keeps itself where it can."""
-START_TIMEOUT_S = 120.0
-"""Imports from a cold network file system are slow."""
 MAX_BATCH = 32
 """Jobs sent to a process at once."""
 MAX_BATCH_CHARACTERS = 2_000_000
@@ -42,14 +38,6 @@ JOBS_PER_WORKER = 16
 """One more process is started for each so many jobs that wait."""
 MAX_DEATHS = 2
 """So many processes may die with a job unanswered before it is at fault."""
-
-_PACKAGE_PARENT = Path(__file__).parents[2]
-_ENVIRONMENT = {
-    **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")},
-    "CUDA_VISIBLE_DEVICES": "",
-    # The order of sets must not change a verdict from run to run.
-    "PYTHONHASHSEED": "0",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,61 +138,6 @@ class _Job:
         self.submission.settle(self.place, outcome)
 
 
-class _WorkerEndedError(Exception):
-    """A grading process ended or had to be ended.
-
-    Attributes:
-        hung: It was past its deadline.
-        idle: It had no job.
-    """
-
-    def __init__(self, hung: bool = False, idle: bool = False) -> None:
-        super().__init__(hung, idle)
-        self.hung, self.idle = hung, idle
-
-
-@dataclass(slots=True)
-class _Worker:
-    """A grading process.
-
-    Attributes:
-        process: The process.
-        doing: (kind, term) that it announced last: where it is in its current job.
-    """
-
-    process: asyncio.subprocess.Process
-    doing: tuple[str, str] | None = None
-
-    async def send(self, message: Any, timeout_s: float) -> None:
-        assert self.process.stdin is not None
-        try:
-            async with asyncio.timeout(timeout_s):
-                self.process.stdin.write(encode_message(message))
-                await self.process.stdin.drain()
-        except (ConnectionError, TimeoutError) as error:
-            raise _WorkerEndedError(isinstance(error, TimeoutError)) from error
-
-    async def receive(self, timeout_s: float) -> Any:
-        """The next message, after those that announce what it does; each of them starts its time again."""
-        assert self.process.stdout is not None
-        self.doing = None
-        while True:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    head = await self.process.stdout.readexactly(LENGTH_BYTES)
-                    message = decode_body(await self.process.stdout.readexactly(body_length(head)))
-            except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
-                raise _WorkerEndedError(isinstance(error, TimeoutError)) from error
-            if "at" not in message:
-                return message
-            self.doing = (message["at"][0], message["at"][1])
-
-    async def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-        await self.process.wait()
-
-
 @dataclass(slots=True)
 class _State:
     """What the pool's thread works on; touched by that thread alone.
@@ -257,11 +190,11 @@ class RewardPool:
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._state = _State()
-        # The kernel ends a process with the *thread* that started it: it must be this one, which stays.
+        # A thread that stays, since the kernel ends a process with the thread that started it.
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-pool", daemon=True)
         self._thread.start()
         try:
-            first = asyncio.run_coroutine_threadsafe(self._start_worker(), self._loop).result()
+            first = asyncio.run_coroutine_threadsafe(GradingProcess.start(self._settings), self._loop).result()
         except BaseException:
             self.close()
             raise
@@ -282,7 +215,12 @@ class RewardPool:
         return await asyncio.wrap_future(self.submit(jobs))
 
     def submit(self, jobs: Sequence[ScoreJob]) -> Future[list[Score | ScoreFailure]]:
-        """Hand in responses and go on; the future gives what `score` gives."""
+        """Hand in responses and go on; the future gives what `score` gives.
+
+        Raises:
+            RewardError: A prompt's metadata cannot be sent to another process.
+            RunError: The pool was closed.
+        """
         return self._hand_in([self._message(job) for job in jobs], [job.sample_id for job in jobs])
 
     async def same_answer(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
@@ -310,14 +248,19 @@ class RewardPool:
         self._loop.close()
 
     def _message(self, job: ScoreJob) -> dict[str, Any]:
-        response = job.response
+        response, metadata = job.response, "{}"
+        if self._sends_metadata:
+            try:
+                metadata = repr(as_literal(dict(response.metadata)))
+            except TypeError as error:
+                raise RewardError(job.sample_id, str(error)) from error
         return {
             "text": response.text,
             "finish_reason": response.finish_reason,
             "num_tokens": response.num_tokens,
             "prompt": response.prompt if self._sends_prompt else "",
             "reference": response.reference,
-            "metadata": repr(as_literal(dict(response.metadata))) if self._sends_metadata else "{}",
+            "metadata": metadata,
             "given_up": [],
         }
 
@@ -345,22 +288,22 @@ class RewardPool:
         async with state.news:
             state.news.notify_all()
 
-    def _add_task(self, worker: _Worker | None) -> None:
+    def _add_task(self, worker: GradingProcess | None) -> None:
         task = self._loop.create_task(self._work(worker))
         self._state.tasks.add(task)
         task.add_done_callback(self._state.tasks.discard)
 
-    async def _work(self, worker: _Worker | None) -> None:
+    async def _work(self, worker: GradingProcess | None) -> None:
         """Keep one process busy; start it anew when it ends."""
         batch: deque[_Job] = deque()
         try:
             while True:
                 if worker is None:
-                    worker = await self._start_worker()
+                    worker = await GradingProcess.start(self._settings)
                 await self._take_batch(batch)
                 try:
                     await self._grade(worker, batch)
-                except _WorkerEndedError as error:
+                except ProcessEndedError as error:
                     await worker.end()
                     self._put_back(batch, worker, error)
                     worker = None
@@ -388,10 +331,10 @@ class RewardPool:
             batch.append(state.queue.popleft())
             characters += len(batch[-1].message.get("text", ""))
 
-    async def _grade(self, worker: _Worker, batch: deque[_Job]) -> None:
+    async def _grade(self, worker: GradingProcess, batch: deque[_Job]) -> None:
         """Send the batch and settle its jobs one by one; those that are left had no answer."""
-        if worker.process.returncode is not None:
-            raise _WorkerEndedError(idle=True)
+        if not worker.is_running:
+            raise ProcessEndedError(idle=True)
         limit = self._config.timeout_s + GRACE_S
         await worker.send([job.message for job in batch], limit)
         while batch:
@@ -408,7 +351,7 @@ class RewardPool:
             else:
                 job.settle(Score(**reply))
 
-    def _put_back(self, batch: deque[_Job], worker: _Worker, end: _WorkerEndedError) -> None:
+    def _put_back(self, batch: deque[_Job], worker: GradingProcess, end: ProcessEndedError) -> None:
         """Put the jobs of an ended process back in front; the one it was busy with may be settled instead."""
         culprit = batch[0]
         culprit.deaths += not end.idle
@@ -446,44 +389,9 @@ class RewardPool:
         while jobs:
             jobs.popleft().submission.fail(error)
 
-    async def _start_worker(self) -> _Worker:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-W", "ignore", "-m", "megatron_fipo.rewards.worker", str(os.getpid())),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=_environment(),
-        )
-        worker = _Worker(process)
-        try:
-            await worker.send(self._settings, START_TIMEOUT_S)
-            reply = await worker.receive(START_TIMEOUT_S)
-            if "refused" in reply:
-                raise ConfigError(*reply["refused"])
-        except _WorkerEndedError as error:
-            await worker.end()
-            how = f"did not answer in {START_TIMEOUT_S:g} s" if error.hung else f"ended with {process.returncode}"
-            raise RunError(
-                f"a grading process {how} before its first job; its messages are above; a small "
-                f"reward.worker_memory_gib ({self._config.worker_memory_gib:g}) is one possible reason"
-            ) from error
-        except BaseException:
-            await worker.end()
-            raise
-        return worker
-
     async def _end(self) -> None:
         tasks = list(self._state.tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._fail(self._state.queue, RunError("the reward pool was closed"))
-
-
-def _environment() -> dict[str, str]:
-    """The parent's, but for `_ENVIRONMENT`, and with this package to be found."""
-    paths = [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        **_ENVIRONMENT,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from typing import Any, BinaryIO
 
 from megatron_fipo.config.base import ConfigError
@@ -54,6 +55,10 @@ def _do(grader: Grader, job: dict[str, Any]) -> Any:
         return {"same": grader.same_answer(*job["pair"])} if "pair" in job else grader.grade(job)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
+    except Exception as error:
+        # A defect of the grader must not pass for a hostile answer.
+        traceback.print_exc()
+        return {"failure": "raised", "term": "the grader", "problem": f"{type(error).__name__}: {error}"}
 
 
 def _end_with(parent: int) -> None:

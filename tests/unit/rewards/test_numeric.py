@@ -72,6 +72,8 @@ def test_any_decimal_is_read_with_and_without_separators(number: object) -> None
         ("nothing", "34", 0.0),
         ("1" * 10**6, "34", 0.0),
         ("1," * 10**6, "34", 0.0),
+        (" " * 10**6, "34", 0.0),
+        ("- $ " * 10**5, "34", 0.0),
     ],
 )
 def test_responses(response: str, reference: str, score: float) -> None:

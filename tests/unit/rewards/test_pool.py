@@ -15,7 +15,7 @@ import pytest
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.reward import ExactMatchTerm, OverlongTerm, PythonTerm, RewardConfig
-from megatron_fipo.rewards.base import Response
+from megatron_fipo.rewards.base import Response, RewardError
 from megatron_fipo.rewards.pool import JOBS_PER_WORKER, RewardPool, Score, ScoreFailure, ScoreJob
 from megatron_fipo.runtime.errors import RunError
 
@@ -107,6 +107,29 @@ def test_text_of_every_kind_arrives(pool: RewardPool) -> None:
 def test_metadata_arrives_as_python_has_it(pool: RewardPool) -> None:
     (outcome,) = score(pool, [job("add", metadata={1: (2, 3)})])
     assert isinstance(outcome, Score) and outcome.terms["mine"] == 10.0
+
+
+def test_metadata_that_is_not_plain_is_told_with_the_sample(pool: RewardPool) -> None:
+    with pytest.raises(RewardError, match="^reward of train:7#0: PosixPath in a prompt's metadata cannot be sent"):
+        pool.submit([job("give 1", metadata={"file": Path("x")})])
+    (outcome,) = score(pool, [job("give 1", metadata={"empty": float("nan")})])
+    assert isinstance(outcome, Score)
+
+
+def test_a_caller_that_stops_waiting_disturbs_nothing(pool: RewardPool, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    async def give_up() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            waiting = tasks.create_task(pool.score([job(f"read {pipe}")]))
+            with await asyncio.to_thread(pipe.open, "w") as writer:
+                waiting.cancel()
+                writer.write("1")
+
+    asyncio.run(give_up())
+    (outcome,) = score(pool, [job("give 1")])
+    assert isinstance(outcome, Score)
 
 
 def test_what_a_function_prints_disturbs_nothing(pool: RewardPool) -> None:
@@ -225,17 +248,34 @@ def test_a_term_that_cannot_be_used_is_told_at_the_start() -> None:
     assert len(children()) == before
 
 
+def test_a_process_that_does_not_start_is_told(tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text("import os\nos._exit(3)\n")
+    with pytest.raises(RunError, match="a grading process ended with 3 before its first job"):
+        small_pool(terms={"mine": PythonTerm(function=f"{tmp_path}/reward.py:reward")})
+
+
+def test_a_function_that_is_gone_later_ends_the_wait(tmp_path: Path) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text("import os\ndef reward(response): os._exit(3)\n")
+    with small_pool(terms={"mine": PythonTerm(function=f"{file}:reward")}) as pool:
+        file.unlink()
+        with pytest.raises(RunError, match="a grading process could not be started: reward.terms.mine.function = "):
+            score(pool, [job("x")])
+
+
 def test_processes_end_with_a_parent_that_is_killed() -> None:
     program = """
-import psutil, signal
-from tests.unit.rewards.test_pool import job, small_pool
-pool = small_pool()
-pool.submit([job("hang")])
+import psutil, signal, sys
+from megatron_fipo.config.reward import PythonTerm, RewardConfig
+from megatron_fipo.rewards.base import Response
+from megatron_fipo.rewards.pool import RewardPool, ScoreJob
+pool = RewardPool(RewardConfig(terms={"mine": PythonTerm(function=sys.argv[1])}, timeout_s=60), 30)
+pool.submit([ScoreJob("train:7#0", Response(text="hang"))])
 print(psutil.Process().children()[0].pid, flush=True)
 signal.pause()
 """
     root = Path(__file__).parents[3]
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=root)
+    parent = subprocess.Popen([sys.executable, "-c", program, BEHAVIOURS], stdout=subprocess.PIPE, text=True, cwd=root)
     assert parent.stdout is not None
     worker = psutil.Process(int(parent.stdout.readline()))
     parent.kill()
