@@ -26,7 +26,7 @@ from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.metrics.reduce import reduce_metrics
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.parallel.context import ParallelContext
-from megatron_fipo.types import Accumulator, merge_metrics, render_metrics
+from megatron_fipo.types import Accumulator, Distribution, merge_metrics, render_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,7 @@ class TrainStep:
         optimizer: The actor's optimizer.
         algorithm: Policy loss.
         context: This rank's place.
+        quantiles: Whether updates report quantiles, too.
 
     Attributes:
         recorder: Keeps the tokens of chosen sequences.
@@ -73,8 +74,10 @@ class TrainStep:
         optimizer: ActorOptimizer,
         algorithm: AlgorithmConfig,
         context: ParallelContext,
+        quantiles: bool = True,
     ) -> None:
         self.forward, self.optimizer, self.algorithm, self.context = forward, optimizer, algorithm, context
+        self.quantiles = quantiles
         self.recorder = TokenRecorder(context)
         self._denominator: Tensor | None = None
         provider = forward.provider
@@ -158,6 +161,8 @@ class TrainStep:
             numerators = torch.stack([part["numerator"] for part in parts])
             metrics = merge_metrics([part["metrics"] for part in parts])
             metrics["numerator"] = Accumulator.sum(numerators)
+            if not self.quantiles:
+                metrics = {key: value for key, value in metrics.items() if not isinstance(value, Distribution)}
             rendered = render_metrics(reduce_metrics(metrics, context.dp_cp_group))
             summary = {key: rendered.pop(key) for key in ("numerator", "kept_tokens")}
             summary |= {"metrics": rendered, "culprit": ""}

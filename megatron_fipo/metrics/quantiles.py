@@ -15,13 +15,13 @@ from megatron_fipo.types import Distribution, nearest_rank
 _BITS = 8
 _LOWEST = -(2**31)
 _LARGEST_NUMBER = 0x7F800000  # +inf; what lies above is NaN
-_SIGN_KEPT = 0x7FFFFFFF
+_MAGNITUDE = 0x7FFFFFFF
 
 
 def distributed_quantiles(
     distributions: list[Distribution], group: dist.ProcessGroup | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Quantiles of all ranks' values: five all-reduces in `group`, of 2 KiB a wanted quantile and one count each.
+    """Quantiles of all ranks' values: four all-reduces in `group`, of 2 KiB each for every wanted quantile.
 
     Args:
         distributions: This rank's parts, maybe without a value; every rank has as many, with the same levels.
@@ -32,31 +32,46 @@ def distributed_quantiles(
         of values (0-dim int64).
     """
     keys = [_sorted_keys(each) for each in distributions]
-    largest = torch.full((1,), _LARGEST_NUMBER, dtype=torch.int32, device=keys[0].device)
-    counts = torch.cat([torch.searchsorted(each, largest, right=True) for each in keys])
-    dist.all_reduce(counts, group=group)
-    sizes = [len(each.levels) for each in distributions]
-    wanted = [(number, level) for number, each in enumerate(distributions) for level in each.levels]
-    owners, levels = torch.tensor(wanted, device=counts.device).unbind(dim=1)
+    device = keys[0].device
+    steps = torch.arange(2**_BITS, device=device)
+    # The first pass is the same for all quantiles of a distribution. Its last bound counts every number.
+    first = _LOWEST + (steps << (32 - _BITS))
+    bounds = torch.cat([first, first.new_tensor([_LARGEST_NUMBER + 1])])
+    below = _count_below(keys, [bounds] * len(keys), group).reshape(len(keys), -1)
+    counts = below[:, -1]
+    owners, levels = torch.tensor(
+        [(number, level) for number, each in enumerate(distributions) for level in each.levels], device=device
+    ).unbind(dim=1)
     ranks = nearest_rank(levels, counts[owners])
-    found = torch.full_like(ranks, _LOWEST)
-    for shift in range(32 - _BITS, -1, -_BITS):
-        candidates = found[:, None] + (torch.arange(2**_BITS, device=counts.device) << shift)
-        below = torch.cat(
-            [torch.searchsorted(mine, bounds.int()) for mine, bounds in zip(keys, candidates.split(sizes), strict=True)]
-        )
-        dist.all_reduce(below, group=group)
-        found = candidates.gather(1, (below <= ranks[:, None]).sum(dim=1, keepdim=True) - 1).squeeze(1)
+    sizes = [len(each.levels) for each in distributions]
+    found = first[_last_with_enough_room(below[owners, :-1], ranks)]
+    for shift in range(32 - 2 * _BITS, -1, -_BITS):
+        candidates = found[:, None] + (steps << shift)
+        below = _count_below(keys, list(candidates.split(sizes)), group).reshape(candidates.shape)
+        found = candidates.gather(1, _last_with_enough_room(below, ranks)[:, None]).squeeze(1)
     return list(zip(_numbers(found).split(sizes), counts, strict=True))
+
+
+def _count_below(keys: list[Tensor], bounds: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
+    """Number of keys of all ranks below every bound of their distribution, end to end."""
+    counts = [torch.searchsorted(mine, each.int().reshape(-1)) for mine, each in zip(keys, bounds, strict=True)]
+    below = torch.cat(counts)
+    dist.all_reduce(below, group=group)
+    return below
+
+
+def _last_with_enough_room(below: Tensor, ranks: Tensor) -> Tensor:
+    """Place [levels] of the last candidate that has no more than `ranks` keys below it."""
+    return (below <= ranks[:, None]).sum(dim=1) - 1
 
 
 def _sorted_keys(distribution: Distribution) -> Tensor:
     """[n] int32, ascending in the order of the numbers; NaN comes last."""
     bits = torch.cat(distribution.parts).view(torch.int32)
-    return torch.where(bits < 0, bits ^ _SIGN_KEPT, bits).sort().values
+    return torch.where(bits < 0, bits ^ _MAGNITUDE, bits).sort().values
 
 
 def _numbers(keys: Tensor) -> Tensor:
     """The numbers that keys stand for."""
     bits = keys.int()
-    return torch.where(bits < 0, bits ^ _SIGN_KEPT, bits).view(torch.float32)
+    return torch.where(bits < 0, bits ^ _MAGNITUDE, bits).view(torch.float32)

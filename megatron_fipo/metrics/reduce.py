@@ -6,16 +6,11 @@ import torch.distributed as dist
 from megatron_fipo.metrics.quantiles import distributed_quantiles
 from megatron_fipo.types import Accumulator, Distribution, Metrics
 
-_OPERATIONS = {
-    "mean": dist.ReduceOp.SUM,
-    "sum": dist.ReduceOp.SUM,
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-}
+_ADDED = ("mean", "sum")
 
 
 def reduce_metrics(metrics: Metrics, group: dist.ProcessGroup | None = None) -> dict[str, Accumulator]:
-    """Merge every rank's metrics: one all-reduce of float64 per kind present, and five of integers for all quantiles.
+    """Merge every rank's metrics: an all-reduce of sums and one of extremes (float64), and four for all quantiles.
 
     Args:
         metrics: This rank's part; every rank of the group has the same keys and kinds.
@@ -24,20 +19,22 @@ def reduce_metrics(metrics: Metrics, group: dist.ProcessGroup | None = None) -> 
     Returns:
         All ranks' metrics, the wanted quantiles of a distribution each under its own name.
     """
-    scalars = {key: value for key, value in metrics.items() if isinstance(value, Accumulator)}
+    scalars = {key: value for key, value in sorted(metrics.items()) if isinstance(value, Accumulator)}
     distributions = {key: value for key, value in sorted(metrics.items()) if isinstance(value, Distribution)}
+    added = {key: value for key, value in scalars.items() if value.kind in _ADDED}
+    extremes = {key: value for key, value in scalars.items() if value.kind not in _ADDED}
     reduced: dict[str, Accumulator] = {}
-    for kind, operation in _OPERATIONS.items():
-        keys = sorted(key for key, value in scalars.items() if value.kind == kind)
-        if not keys:
-            continue
-        totals = [scalars[key].total for key in keys]
-        counts = [scalars[key].count for key in keys] if kind == "mean" else []
-        packed = torch.stack(totals + counts)
-        dist.all_reduce(packed, op=operation, group=group)
-        for place, key in enumerate(keys):
-            count = packed[len(keys) + place] if counts else scalars[key].count
-            reduced[key] = Accumulator(kind, packed[place], count)  # type: ignore[arg-type]
+    if added:
+        pairs = torch.stack([torch.stack([value.total, value.count]) for value in added.values()])
+        dist.all_reduce(pairs, group=group)
+        for (key, value), (total, count) in zip(added.items(), pairs, strict=True):
+            reduced[key] = Accumulator(value.kind, total, count if value.kind == "mean" else value.count)
+    if extremes:
+        # The smallest is the negative of the largest negative.
+        largest = torch.stack([-value.total if value.kind == "min" else value.total for value in extremes.values()])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        for (key, value), total in zip(extremes.items(), largest, strict=True):
+            reduced[key] = Accumulator(value.kind, -total if value.kind == "min" else total, value.count)
     if distributions:
         found = distributed_quantiles(list(distributions.values()), group)
         for (key, distribution), (quantiles, count) in zip(distributions.items(), found, strict=True):

@@ -202,7 +202,7 @@ def _build_actor(config: RunConfig, bridge: HfBridge, context: ParallelContext) 
     train_step = None
     if config.mode != "rollout_only":
         optimizer = ActorOptimizer(chunks, config.optimizer, provider.bf16)
-        train_step = TrainStep(forward, optimizer, config.algorithm, context)
+        train_step = TrainStep(forward, optimizer, config.algorithm, context, config.metrics.quantiles)
     _log_size(context, chunks)
     return Actor(bridge=bridge, chunks=chunks, forward=forward, train_step=train_step)
 

@@ -8,21 +8,30 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_fipo.config.metrics import WandbConfig
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from tests.distributed_helpers import run_distributed
-from tests.integration.small_runs import UPDATES, read_lines, run_in_turn, small_run, write_inputs
+from tests.integration.small_runs import UPDATES, read_lines, run_in_turn, small_run, without_times, write_inputs
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same run with every sink, and without quantiles."""
     root = write_inputs(tmp_path_factory.mktemp("metrics"))
-    config = small_run(
-        root, "run", metrics={"tensorboard": True, "prometheus_port": 0, "wandb": WandbConfig(mode="offline")}
-    )
-    for ended in run_distributed(run_in_turn, 2, [config]):
-        assert ended[0].error == ()
-        assert ended[0].log == [], "no metric is undeclared and no sink failed"
-    return config.output_dir
+    sinks = {"tensorboard": True, "prometheus_port": 0, "wandb": WandbConfig(mode="offline")}
+    configs = [
+        small_run(root, "every sink", metrics=sinks),
+        small_run(root, "no quantiles", metrics={"quantiles": False}),
+    ]
+    for ends in run_distributed(run_in_turn, 2, configs):
+        for ended in ends:
+            assert ended.error == ()
+            assert ended.log == [], "no metric is undeclared and no sink failed"
+    return {config.output_dir.name: config.output_dir for config in configs}
+
+
+@pytest.fixture(scope="module")
+def run_directory(run_directories: dict[str, Path]) -> Path:
+    return run_directories["every sink"]
 
 
 def test_a_step_has_the_metrics_that_are_declared(run_directory: Path) -> None:
@@ -56,3 +65,12 @@ def test_sinks_have_what_metrics_jsonl_has(run_directory: Path) -> None:
         values = {key: value for key, value in line.items() if key != "step" and isinstance(value, int | float)}
         assert shown[line["step"]] == pytest.approx(values, rel=1e-6)
     assert list((run_directory / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_quantiles_can_be_left_out(run_directories: dict[str, Path]) -> None:
+    (*_, whole), (*_, without) = (
+        without_times(read_lines(run_directories[name] / "metrics.jsonl")) for name in ("every sink", "no quantiles")
+    )
+    quantiles = {key for key in whole if CATALOGUE.find(key)[0].reduction == "quantile"}
+    assert len(quantiles) == 20
+    assert without == {key: value for key, value in whole.items() if key not in quantiles}

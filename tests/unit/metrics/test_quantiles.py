@@ -35,7 +35,7 @@ def bits(values: np.ndarray) -> list[int]:
 
 
 # Every rank must draw the same examples.
-@settings(derandomize=True, database=None, deadline=None, max_examples=150)
+@settings(derandomize=True, database=None, deadline=None, max_examples=60)
 @given(populations)
 def quantiles_of_random_splits(drawn: list) -> None:
     found = distributed_quantiles([part(each, dist.get_rank()) for each in drawn], dist.group.WORLD)

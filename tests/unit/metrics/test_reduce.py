@@ -72,7 +72,7 @@ def test_ranks_agree_with_one_that_saw_everything():
         assert not {"train/all", "empty/all"} & set(results["kinds"]), "quantiles stand under their own names"
         for key, value in metrics_of(*SEEN[0]).items():
             assert isinstance(value, Distribution) or results["kinds"][key] == value.kind
-        assert results["collectives"] == 4 + 5, "one for each kind, and five for all quantiles"
+        assert results["collectives"] == 2 + 4, "sums, extremes, and four for all quantiles"
         assert results["nothing"] == {}
         assert math.isnan(results["nan"]["train/sum"])
 
