@@ -21,13 +21,15 @@ from rich.console import Console
 from megatron_fipo.display.live_state import LiveState
 from megatron_fipo.display.live_view import LiveView
 from megatron_fipo.display.screen import Screen
-from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
+from megatron_fipo.runtime.progress import NO_PROGRESS
 
 
 def main() -> None:
     """Measure what the words ask for."""
     if len(sys.argv) > 1:
-        compare_steps(Path(sys.argv[1]), sys.argv[2:])
+        view = run_watched(Path(sys.argv[1]), sys.argv[2:], EverySecondStep)
+        if view is not None:
+            report(view)
     else:
         measure_alone()
 
@@ -124,8 +126,8 @@ class EverySecondStep(LiveView):
             self.painter_seconds += time.thread_time() - started
 
 
-def compare_steps(config_path: Path, overrides: list[str]) -> None:
-    """Run on all ranks; rank 0 prints the comparison."""
+def run_watched[T: LiveView](config_path: Path, overrides: list[str], make_view: Callable[[Console], T]) -> T | None:
+    """Run a configuration on this rank of torchrun's; returns the view on rank 0, where it was made."""
     import torch.distributed as dist
 
     from megatron_fipo.config.load import load_config
@@ -138,18 +140,14 @@ def compare_steps(config_path: Path, overrides: list[str]) -> None:
     config = load_config(RunConfig, config_path, overrides)
     setup_logging(rank)
     dist.init_process_group("gloo")
-    view: EverySecondStep | None = None
-    progress: Progress = NO_PROGRESS
-    if rank == 0:
-        progress = view = EverySecondStep(Console(file=sys.stdout, force_terminal=True))
+    view = make_view(Console(file=sys.stdout, force_terminal=True)) if rank == 0 else None
     try:
-        train(build_run(config, progress))
+        train(build_run(config, view or NO_PROGRESS))
     finally:
         if view is not None:
             view.close()
     dist.destroy_process_group()
-    if view is not None:
-        report(view)
+    return view
 
 
 def report(view: EverySecondStep) -> None:

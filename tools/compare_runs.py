@@ -146,7 +146,7 @@ def draw(runs: dict[str, RunFiles], metrics: Sequence[str], output: Path) -> Non
     """
     columns = min(len(metrics), 2)
     rows = math.ceil(len(metrics) / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(6 * columns, 3.2 * rows), squeeze=False, sharex=True)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(6 * columns, 3.2 * rows), squeeze=False)
     for place, axis in enumerate(axes.flat):
         if place < len(metrics):
             _draw_metric(axis, runs, metrics[place])

@@ -15,7 +15,7 @@ from megatron_fipo.display.plain_text import fit, harmless
 from megatron_fipo.display.readings import READINGS, accuracy, number
 from megatron_fipo.display.run_files import RunFiles
 from megatron_fipo.display.token_view import READINGS as TOKEN_READINGS
-from megatron_fipo.display.token_view import ResponseTokens, coloured_text, legend, numbers, strongest
+from megatron_fipo.display.token_view import ResponseTokens, TokenReading, coloured_text, legend, numbers, strongest
 
 _PIPE_COLUMNS = 120
 _LISTED = ("reward", "length", "entropy", "loss", "grad norm", "clipped low/high", "influence")
@@ -38,7 +38,7 @@ def inspect(words: Sequence[str]) -> int:
         _show_samples(console, run, arguments.step)
     else:
         shown = [each for each in TOKEN_READINGS if arguments.show in (each.name, "all")]
-        _show_response(console, run, arguments.step, arguments.sample, shown, arguments.table)
+        show_response(console, run, arguments.step, arguments.sample, shown, arguments.table)
     return 0
 
 
@@ -103,9 +103,22 @@ def _show_samples(console: Console, run: RunFiles, step: int) -> None:
     console.print(table)
 
 
-def _show_response(
-    console: Console, run: RunFiles, step: int, place: int, shown: Sequence[Any], with_table: bool
+def show_response(
+    console: Console, run: RunFiles, step: int, place: int, shown: Sequence[TokenReading], with_table: bool
 ) -> None:
+    """Print one response with its readings.
+
+    Args:
+        console: Where to.
+        run: The run.
+        step: One of its steps.
+        place: One of the step's samples, from 0.
+        shown: What the colours mean, one after the other.
+        with_table: All numbers as well.
+
+    Raises:
+        ConfigError: There is no such step or sample, or the token records are damaged.
+    """
     run.metrics(step)
     samples = run.samples(step)
     if not 0 <= place < len(samples):

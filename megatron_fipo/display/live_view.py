@@ -19,7 +19,7 @@ from rich.text import Text
 
 from megatron_fipo.display.live_state import LiveState
 from megatron_fipo.display.plain_text import harmless
-from megatron_fipo.display.screen import Screen
+from megatron_fipo.display.screen import Screen, recorded_svg
 from megatron_fipo.runtime.logging import line_format, own_logger
 
 _SHORTEST_INTERVAL_S = 0.25
@@ -85,7 +85,7 @@ class LiveView(LiveState):
         view = self.view()
         with console.screen() as screen:
             screen.update(Screen(view, self.clock()))
-        path.write_text(console.export_svg(title=harmless(view.name)), encoding="utf-8")
+        path.write_text(recorded_svg(console, harmless(view.name)), encoding="utf-8")
 
     def _paint_until_stopped(self) -> None:
         interval, size = _SHORTEST_INTERVAL_S, self._console.size

@@ -1,5 +1,6 @@
 """The live view's screen: what is known of a run, laid out for a terminal of any size."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ _PHASES = {
 _COLUMN_CELLS = 36
 _MIN_SAMPLE_ROWS = 2
 _MAX_LOG_ROWS = 6
+_FONT_FACE = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,11 @@ class Screen:
             if options.ascii_only:
                 line.plain = line.plain.encode("ascii", "replace").decode()
             yield line
+
+
+def recorded_svg(console: Console, title: str) -> str:
+    """A picture of what a recording console has printed, in whatever monospaced font is at hand: it fetches none."""
+    return _FONT_FACE.sub("", console.export_svg(title=title))
 
 
 def _lines(screen: Screen, width: int, height: int | None, ascii_only: bool) -> list[Text]:

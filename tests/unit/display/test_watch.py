@@ -43,6 +43,7 @@ def test_the_screen_can_be_exported_while_it_is_shown(tmp_path: Path, own_lines:
     svg = (tmp_path / "view.svg").read_text(encoding="utf-8")
     shown = re.sub(r"<[^>]+>", "", svg).replace("&#160;", " ")
     assert svg.startswith("<svg")
+    assert "@font-face" not in svg
     for text in ("arithmetic", "step 3/12", "generation", "5/8", "response with reward 1.000", "7 &lt;b&gt;&amp;·[31m"):
         assert text in shown
 
