@@ -45,7 +45,7 @@ def main() -> None:
     print(
         f"{options.format}, {options.rows:,} rows, {result['bytes'] / options.rows:.0f} bytes a row, "
         f"{result['prompts']:,} prompts, {options.cores} cores\n"
-        f"  open: {result['open_s']:.2f} s\n"
+        f"  open: {result['open_s']:.2f} s, {result['open_cpu_s']:.2f} s of processor time\n"
         f"  extra memory: {result['own_mib']:.0f} MiB, and {result['workers_mib']:.0f} MiB for worker processes\n"
         f"  draw {_DRAWS} prompts: {result['draw_s']:.3f} s"
     )
@@ -105,9 +105,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_mib("VmRSS")
     with WorkerMemory() as workers:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), cpu_seconds()
         stream = PromptStream(config, tokenizer, seed=1)
-        opened = time.perf_counter()
+        opened, opened_cpu = time.perf_counter(), cpu_seconds()
     own = memory_mib("VmHWM") - before
     resumed = time.perf_counter()
     stream.next(_DRAWS)
@@ -116,6 +116,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "bytes": options.file.stat().st_size,
         "prompts": stream.num_prompts,
         "open_s": opened - start,
+        "open_cpu_s": opened_cpu - start_cpu,
         "draw_s": drawn - resumed,
         "own_mib": own,
         "workers_mib": workers.peak_mib,
@@ -159,6 +160,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template)
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of the children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def memory_mib(key: str) -> float:
