@@ -475,3 +475,63 @@ def test_help_shows_field_docstrings_and_the_files_values(load, capsys):
 def test_a_value_that_does_not_fit_its_yaml_tag_is_refused(load):
     with pytest.raises(ConfigError, match="does not fit its tag"):
         load("steps: !!int abc")
+
+
+@config_class
+class Wide:
+    """What `Narrow` has, and more."""
+
+    clip: Clip = Clip()
+    """Clipping."""
+
+    method: Method = Fast()
+    """How."""
+
+    optimizer: Optimizer = Optimizer()
+    """Optimizer."""
+
+
+@config_class
+class NarrowClip:
+    high: float = 0.28
+    """Upper bound."""
+
+
+@config_class
+class Narrow:
+    """What another command needs."""
+
+    clip: NarrowClip = NarrowClip()
+    """Clipping."""
+
+    method: Method = Fast()
+    """How."""
+
+    size: int = 1
+    """What `Wide` has not."""
+
+
+def test_fields_of_the_wider_section_alone_are_left_out(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("clip: {low: 0.1, high: 0.4}\noptimizer: {lr: 1.0}\nmethod: {type: slow, patience_s: 3}\nsize: 2\n")
+    config = load_config(Narrow, path, wider=Wide)
+    assert config == Narrow(clip=NarrowClip(high=0.4), method=Slow(patience_s=3.0), size=2)
+    with pytest.raises(ConfigError, match="optimizer = .*: there is no such field in the configuration"):
+        load_config(Narrow, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "field"),
+    [
+        ("clip: {hihg: 1}", [], "clip.hihg"),
+        ("sise: 1", [], "sise"),
+        # On the command line such a field would be meant.
+        ("size: 1", ["--optimizer.lr", "1"], "optimizer"),
+    ],
+)
+def test_what_neither_section_has_is_still_refused(tmp_path, text, overrides, field):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Narrow, path, overrides, wider=Wide)
+    assert caught.value.field == field

@@ -11,6 +11,7 @@ import pytest
 from megatron_fipo.config.algorithm import DapoConfig, FipoConfig, GrpoConfig
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.data import DataConfig, JsonlPrompts, ReasoningGymPrompts
+from megatron_fipo.config.evaluate import EvaluateConfig, EvaluationData
 from megatron_fipo.config.evaluation import EvaluationConfig
 from megatron_fipo.config.load import dump_config, load_config
 from megatron_fipo.config.metrics import MetricsConfig
@@ -70,7 +71,7 @@ def unread(sections: list[type], reads: set[tuple[str, str]]) -> set[str]:
 
 
 def test_every_field_is_read_outside_the_configuration() -> None:
-    sections = sections_below(RunConfig)
+    sections = sections_below(EvaluateConfig, sections_below(RunConfig))
     assert {ReasoningGymPrompts, GrpoConfig, WeightSyncConfig} <= set(sections)
     bases = [base for section in sections for base in section.__mro__[1:] if dataclasses.is_dataclass(base)]
     reads = read_fields(sorted(PACKAGE.rglob("*.py")), PACKAGE / "config", [*sections, *bases])
@@ -137,6 +138,16 @@ def run_config(**changes: Any) -> RunConfig:
         "parallelism": ParallelismConfig(max_tokens_per_micro_batch=256),
     }
     return RunConfig(**{**values, **changes})
+
+
+def evaluate_config(**changes: Any) -> EvaluateConfig:
+    values = {
+        "output_dir": Path("out"),
+        "model": ModelConfig(path=Path("model")),
+        "data": EvaluationData(evaluation=JsonlPrompts(path=Path("held_out.jsonl")), max_prompt_tokens=100),
+        "rollout": RolloutConfig(max_response_tokens=256),
+    }
+    return EvaluateConfig(**{**values, **changes})
 
 
 def jsonl(**values: Any) -> JsonlPrompts:
@@ -490,6 +501,44 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
             f'the part with the {held} in parentheses, such as "#(\\d+)"',
         )
         for build, field, held in PATTERNS
+    ),
+    (
+        EvaluationConfig,
+        {"samples_per_problem": 0},
+        "samples_per_problem = 0: must be at least 1; 1 is enough for hundreds of problems, 32 for a few dozen",
+    ),
+    (
+        EvaluationConfig,
+        {"samples_per_problem": 4, "pass_at": (2, 5)},
+        "pass_at = 5: must lie in [1, samples_per_problem = 4]; take more samples, or a smaller k",
+    ),
+    (
+        EvaluationConfig,
+        {"consensus_at": (0,)},
+        "consensus_at = 0: must lie in [1, samples_per_problem = 1]; take more samples, or a smaller k",
+    ),
+    (
+        EvaluationConfig,
+        {"temperature": 0.0},
+        "temperature = 0.0: must be finite and greater than 0; leave it out for the training's, and set greedy for the "
+        "most likely response",
+    ),
+    (
+        EvaluationConfig,
+        {"top_p": 1.5},
+        "top_p = 1.5: must lie in (0, 1]; leave it out for the training's",
+    ),
+    (EvaluationConfig, {"confidence": 1.0}, "confidence = 1.0: must lie in (0, 1); 0.95 is the usual value"),
+    (
+        evaluate_config,
+        {"chunk_sequences": 0},
+        "chunk_sequences = 0: must be at least 1; 1024 is a good value",
+    ),
+    (
+        evaluate_config,
+        {"model": ModelConfig(path=Path("m"), context_length=355)},
+        "model.context_length = 355: must hold the longest sequence of 356 tokens; raise it to at least 356, or "
+        "shorten prompts or responses",
     ),
     (
         EvaluationConfig,

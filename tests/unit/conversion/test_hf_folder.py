@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.conversion.hf_folder import HfFolderWriter, check_weights, read_model_config
+from megatron_fipo.conversion.hf_folder import (
+    HfFolderWriter,
+    check_weights,
+    fingerprint_folder,
+    model_config_for,
+    read_model_config,
+    read_tensors,
+)
 
 CONFIG = {"model_type": "qwen2", "vocab_size": 301}
 TENSORS = {
@@ -256,3 +263,68 @@ def test_an_existing_target_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match="final: already exists; choose another export folder or remove it"):
         writer.write(TENSORS.items())
     assert list((tmp_path / "final").iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [write_single, write_sharded])
+def test_all_tensors_are_streamed_once(tmp_path, write):
+    streamed = list(read_tensors(write(tmp_path / "model")))
+    assert sorted(name for name, _ in streamed) == sorted(TENSORS)
+    for name, tensor in streamed:
+        assert tensor.dtype == TENSORS[name].dtype
+        assert torch.equal(tensor, TENSORS[name])
+
+
+def change_last_element(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+
+def change_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def rename_tensor(folder: Path) -> None:
+    save_file({{"a": "d"}.get(name, name): tensor for name, tensor in TENSORS.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("change", [change_last_element, change_tokenizer, rename_tensor])
+def test_a_fingerprint_tells_folders_apart_and_copies_not(tmp_path, change):
+    folder = write_single(tmp_path / "model")
+    digest = fingerprint_folder(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert fingerprint_folder(tmp_path / "copy") == digest
+    change(tmp_path / "copy")
+    assert fingerprint_folder(tmp_path / "copy") != digest
+
+
+def test_a_fingerprint_reads_both_ends_of_every_tensor_and_no_more(tmp_path):
+    """Each of two large tensors is seen at its first and last element; what lies between is not."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+    def digest(name: str, place: int) -> str:
+        tensors = {"a": torch.zeros(10_000), "b": torch.zeros(10_000)}
+        tensors[name][place] = 1
+        save_file(tensors, folder / "model.safetensors")
+        return fingerprint_folder(folder)
+
+    digests = {(name, place): digest(name, place) for name in "ab" for place in (0, 5000, -1)}
+    assert digests["a", 5000] == digests["b", 5000]
+    assert len(set(digests.values())) == 5
+
+
+def test_a_config_is_changed_in_a_copy():
+    source = {"torch_dtype": "bfloat16", "max_position_embeddings": 8, "rope_parameters": {"rope_theta": 1.0}}
+    assert model_config_for(source, "float32", 16, 5.0) == {
+        "dtype": "float32",
+        "max_position_embeddings": 16,
+        "rope_theta": 5.0,
+        "rope_parameters": {"rope_theta": 5.0},
+    }
+    assert model_config_for(source, "float32") == {
+        "dtype": "float32",
+        "max_position_embeddings": 8,
+        "rope_parameters": {"rope_theta": 1.0},
+    }
+    assert source["rope_parameters"] == {"rope_theta": 1.0}
