@@ -90,6 +90,20 @@ _ROLLOUT = Section(
     ),
 )
 
+_DATA = Section(
+    "Prompts",
+    "Counted from the run's first step on, resumed runs included. docs/data.md says what is skipped.",
+    (
+        Metric(name="data/<source>/drawn", description="Prompts drawn from the source.", unit="prompts"),
+        Metric(name="data/<source>/epoch", description="Whole passes over the source.", unit="epochs"),
+        Metric(
+            name="data/skipped_<reason>",
+            description="Rows of the training sources that were skipped for the reason, each once.",
+            unit="rows",
+        ),
+    ),
+)
+
 _UPDATES = Section(
     "Updates",
     "About the response tokens of a mini-batch, dropped sequences included, where nothing else is said. r is "
@@ -394,4 +408,4 @@ _PERFORMANCE = Section(
     ),
 )
 
-CATALOGUE = Catalogue((_STEP, _ROLLOUT, _UPDATES, _FIPO, _MISMATCH, _EVALUATION, _PERFORMANCE))
+CATALOGUE = Catalogue((_STEP, _ROLLOUT, _DATA, _UPDATES, _FIPO, _MISMATCH, _EVALUATION, _PERFORMANCE))

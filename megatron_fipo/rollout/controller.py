@@ -103,6 +103,7 @@ class RolloutController:
             **self.scoring.counters(),
             "rollout/groups_filled_up": self._fill_up(step, admission, num_generated),
             "rollout/epoch": self.stream.epoch,
+            **self.stream.counters(),
         }
         if rewards:
             counters["rollout/reward_mean_all"] = sum(rewards) / len(rewards)

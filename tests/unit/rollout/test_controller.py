@@ -98,6 +98,9 @@ class Prompts:
     def epoch(self) -> int:
         return self.num_drawn // len(self.prompts)
 
+    def counters(self) -> dict[str, float]:
+        return {"data/p/drawn": float(self.num_drawn)}
+
     def next(self, n: int) -> list[Prompt]:
         drawn = [self.prompts[number % len(self.prompts)] for number in range(self.num_drawn, self.num_drawn + n)]
         self.num_drawn += n
@@ -239,6 +242,7 @@ def test_dynamic_sampling_replaces_groups_by_fresh_prompts() -> None:
         "rollout/groups_carried_in": 0,
         "rollout/groups_surplus": 0,
         "rollout/epoch": 0,
+        "data/p/drawn": 7.0,
     }
 
 
