@@ -189,7 +189,8 @@ class RewardConfig:
     takes the sample out of its group and counts it."""
 
     timeout_s: float = 5.0
-    """Seconds that a term may take for one response. Over it the answer is wrong, or the python function has failed."""
+    """Seconds that a term may take for one response: of processor time, and then the answer is wrong; for a python
+    term of real time, and then it has failed."""
 
     max_workers: int = 8
     """Grading processes, started as they are needed."""

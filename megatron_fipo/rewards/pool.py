@@ -23,13 +23,16 @@ from megatron_fipo.config.reward import OverlongTerm, PythonTerm, RewardConfig
 from megatron_fipo.rewards.base import Response, RewardError
 from megatron_fipo.rewards.grader import FailureKind, describe_terms
 from megatron_fipo.rewards.messages import as_literal
-from megatron_fipo.rewards.process import GradingProcess, ProcessEndedError
+from megatron_fipo.rewards.process import Doing, GradingProcess, ProcessEndedError
 from megatron_fipo.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 1.0
-"""What a process may be late beyond a term's time limit, which it keeps itself where it can."""
+"""What a process may be late beyond a time limit."""
+PATIENCE = 10
+"""A built-in term keeps its limit of processor time by itself; where it cannot, or has no processor, it is ended after
+so many times as long."""
 MAX_BATCH = 32
 """Jobs sent to a process at once."""
 MAX_BATCH_CHARACTERS = 2_000_000
@@ -335,10 +338,9 @@ class RewardPool:
         """Send the batch and settle its jobs one by one; those that are left had no answer."""
         if not worker.is_running:
             raise ProcessEndedError(idle=True)
-        limit = self._config.timeout_s + GRACE_S
-        await worker.send([job.message for job in batch], limit)
+        await worker.send([job.message for job in batch], self._patience_s(None))
         while batch:
-            reply = await worker.receive(limit)
+            reply = await worker.receive(self._patience_s)
             job = batch.popleft()
             if "same" in reply:
                 job.settle(reply["same"])
@@ -351,21 +353,27 @@ class RewardPool:
             else:
                 job.settle(Score(**reply))
 
+    def _patience_s(self, doing: Doing) -> float:
+        if doing is not None and isinstance(self._config.terms[doing[1]], PythonTerm):
+            return self._config.timeout_s + GRACE_S
+        return PATIENCE * self._config.timeout_s + GRACE_S
+
     def _put_back(self, batch: deque[_Job], worker: GradingProcess, end: ProcessEndedError) -> None:
         """Put the jobs of an ended process back in front; the one it was busy with may be settled instead."""
         culprit = batch[0]
         culprit.deaths += not end.idle
         if end.hung or culprit.deaths >= MAX_DEATHS:
-            problem = f"over {self._config.timeout_s:g} s" if end.hung else f"{MAX_DEATHS} grading processes died of it"
-            outcome = self._convict(culprit, worker.doing or ("term", self._first_graded), problem)
+            seconds = self._patience_s(worker.doing) - GRACE_S
+            problem = f"over {seconds:g} s" if end.hung else f"{MAX_DEATHS} grading processes died of it"
+            outcome = self._convict(culprit, worker.doing, problem)
             if outcome is not None:
                 batch.popleft().settle(outcome)
         self._state.queue.extendleft(reversed(batch))
         batch.clear()
 
-    def _convict(self, job: _Job, doing: tuple[str, str], problem: str) -> Outcome | None:
+    def _convict(self, job: _Job, doing: Doing, problem: str) -> Outcome | None:
         """The outcome of a job that processes ended on; None: it is graded again, without the term it was in."""
-        kind, term = doing
+        kind, term = doing or ("term", self._first_graded)
         if "pair" in job.message:
             return False
         if kind == "reference":

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ _ENVIRONMENT = {
     # The order of sets must not change a verdict from run to run.
     "PYTHONHASHSEED": "0",
 }
+
+
+type Doing = tuple[str, str] | None
+"""(kind, term) that a process is busy with, where it has said so; the kind is "term" or "reference"."""
 
 
 class ProcessEndedError(Exception):
@@ -43,11 +48,11 @@ class GradingProcess:
 
     Attributes:
         process: The process.
-        doing: (kind, term) that it announced last: where it is in its current job.
+        doing: What it announced last about its current job.
     """
 
     process: asyncio.subprocess.Process
-    doing: tuple[str, str] | None = None
+    doing: Doing = None
 
     @classmethod
     async def start(cls, settings: dict[str, Any]) -> "GradingProcess":
@@ -71,7 +76,7 @@ class GradingProcess:
         started = cls(process)
         try:
             await started.send(settings, START_TIMEOUT_S)
-            reply = await started.receive(START_TIMEOUT_S)
+            reply = await started.receive(lambda doing: START_TIMEOUT_S)
             if "refused" in reply:
                 raise ConfigError(*reply["refused"])
         except ProcessEndedError as error:
@@ -105,8 +110,11 @@ class GradingProcess:
         except (ConnectionError, TimeoutError) as error:
             raise ProcessEndedError(isinstance(error, TimeoutError)) from error
 
-    async def receive(self, timeout_s: float) -> Any:
+    async def receive(self, patience_s: Callable[[Doing], float]) -> Any:
         """The next message, after those that announce what it does; each of them starts its time again.
+
+        Args:
+            patience_s: How long it may be silent, by what it does.
 
         Raises:
             ProcessEndedError: It has ended, or is silent for too long.
@@ -115,7 +123,7 @@ class GradingProcess:
         self.doing = None
         while True:
             try:
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout(patience_s(self.doing)):
                     head = await self.process.stdout.readexactly(LENGTH_BYTES)
                     message = decode_body(await self.process.stdout.readexactly(body_length(head)))
             except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:

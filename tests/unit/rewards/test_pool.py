@@ -201,18 +201,17 @@ def test_a_process_killed_from_outside_costs_nothing(pool: RewardPool, tmp_path:
     assert pool.num_replaced > before
 
 
-def test_a_process_that_stands_still_is_replaced(pool: RewardPool) -> None:
-    score(pool, [job("give 1")])
-    stopped = children()
-    for process in stopped:
+def test_a_process_that_stands_still_is_replaced() -> None:
+    terms = {"correct": ExactMatchTerm(), "mine": PythonTerm(function=BEHAVIOURS)}
+    known = children()
+    with small_pool(terms=terms, timeout_s=0.1) as pool:
+        (process,) = set(children()) - set(known)
         process.suspend()
-    (outcome,) = score(pool, [job("give 1", "give 1")])
-    for process in stopped:
-        if process.is_running():
-            process.resume()
-    assert outcome == Score(
-        score=0.0, reward=2.0, terms={"correct": 0.0, "mine": 2.0, "overlong": 0.0}, answer=None, timed_out=True
-    ), "without a word from the process the first term is taken for the culprit"
+        (outcome,) = score(pool, [job("give 2", "give 2")])
+        assert outcome == Score(
+            score=0.0, reward=2.0, terms={"correct": 0.0, "mine": 2.0}, answer=None, timed_out=True
+        ), "without a word from the process the first term is taken for the culprit"
+        assert not process.is_running()
 
 
 def small_pool(**config: Any) -> RewardPool:
