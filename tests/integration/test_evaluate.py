@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from multiprocessing import get_context
@@ -24,6 +25,7 @@ from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.reward import ExactMatchTerm, ReasoningGymTerm, RewardConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.metrics.evaluation_table import evaluation_table
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.json_files import append_lines
 from megatron_fipo.trainer.evaluate import evaluate
@@ -39,6 +41,7 @@ from tests.integration.small_runs import (
 )
 from tests.tiny_models import write_tiny_model
 
+SHOW = Path(__file__).parents[2] / "tools" / "show_evaluation.py"
 SAMPLES = 4
 FILES = ("responses.jsonl", "problems.jsonl", "evaluation.json")
 
@@ -214,6 +217,11 @@ def test_an_export_gives_outside_what_the_run_gave_at_its_end(root: Path) -> Non
     assert {key: value for key, value in line.items() if key.startswith("eval/")} == outside
     first = run.output_dir / "evaluations" / "step_0" / "responses.jsonl"
     assert len(read_lines(first)) == 8 * (SAMPLES + 1)
+    table = evaluation_table(outside)
+    for folder, lines in ((root / "outside", table), (run.output_dir, ["", "after step 1, by source:", *table])):
+        shown = subprocess.run([sys.executable, SHOW, folder], capture_output=True, text=True, check=True).stdout
+        assert shown.splitlines()[-len(lines) :] == lines
+    assert shown.splitlines()[2].startswith("         0      0.")
 
 
 # What is refused.
@@ -251,8 +259,8 @@ REFUSED = {
     "taken": "output_dir = {root}/taken: must be a new or empty directory, and it is not",
     "empty": "data.evaluation.path = {root}/empty.jsonl: gives no usable prompt (it is empty)",
     "unanswered": "data.evaluation.path = {root}/unanswered.jsonl: gives no usable prompt (1 no_answer row (1)",
-    "no judge": "reward.terms.correct.type = reasoning_gym: needs a reasoning-gym problem behind every prompt, and 8 of 8 "
-    "in data.evaluation have none, held_out:1 first",
+    "no judge": "reward.terms.correct.type = reasoning_gym: needs a reasoning-gym problem behind every prompt, and 8 "
+    "of 8 in data.evaluation have none, held_out:1 first",
     "too many": "evaluation.num_prompts = 9: must not exceed the 8 usable prompts of data.evaluation",
     "too long": "rollout.max_response_tokens = 241: must not exceed, with data.max_prompt_tokens = 16, the model's 256 "
     "positions; shorten prompts or responses, or set model.context_length to 257 or more",
