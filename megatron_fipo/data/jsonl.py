@@ -65,7 +65,7 @@ class JsonlRows:
         self._path = source.path
         first_rows = _first_rows(source.path)
         self.schema = choose_schema(source, first_rows)
-        self.description = f"columns read as {self.schema.name}"
+        self.description = f"read as {self.schema.name}"
         columns = dict.fromkeys(key for row in first_rows if isinstance(row, dict) for key in row)
         self.columns: tuple[str, ...] = tuple(columns)
         size = os.fstat(self._file.fileno()).st_size
@@ -133,7 +133,7 @@ def _digest(path: Path) -> str:
 def _start_worker(path: Path, start: int, stop: int, schema: Schema) -> subprocess.Popen[bytes]:
     request = {"path": str(path), "start": start, "stop": stop, "schema": dataclasses.asdict(schema)}
     worker = subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM],
+        [sys.executable, "-P", "-c", _PROGRAM],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -58,7 +58,7 @@ class ParquetRows:
                 self.columns: tuple[str, ...] = tuple(_column_names(pq.read_schema(file)))
             self.schema = choose_schema(source, self._first_rows())
             self._check_columns()
-            self.description = f"columns read as {self.schema.name}"
+            self.description = f"read as {self.schema.name}"
             self.index = RowIndex(self._scan(), first_number=0)
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from error

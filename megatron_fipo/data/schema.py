@@ -124,10 +124,12 @@ def choose_schema(source: FileSource, first_rows: Sequence[Any]) -> Schema:
         first_rows: Some rows of the source.
     """
     if source.prompt_field is not None or source.answer_field is not None:
+        prompt_field = source.prompt_field or SIMPLE.prompt_field
+        answer_field = source.answer_field or SIMPLE.answer_field
         return Schema(
-            name="columns as configured",
-            prompt_field=source.prompt_field or SIMPLE.prompt_field,
-            answer_field=source.answer_field or SIMPLE.answer_field,
+            name=f"{prompt_field} and {answer_field}, as configured",
+            prompt_field=prompt_field,
+            answer_field=answer_field,
             answer_pattern=source.answer_pattern,
         )
     fits = {schema: sum(_fits(schema, row) for row in first_rows) for schema in (SIMPLE, DAPO, GSM8K)}

@@ -244,3 +244,35 @@ def test_a_state_of_another_mixture_is_refused(tmp_path: Path):
         with pytest.raises(ConfigError, match=r"^data\.train = "):
             open_stream(*others).load_state_dict(state)
     open_stream(*sources).load_state_dict(state)
+
+
+def test_the_log_says_how_each_source_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    logging.getLogger("megatron_fipo").propagate = True
+    gsm8k = [{"question": f"q{number}", "answer": f"so\n#### {number}"} for number in range(2)]
+    own = [{"task": row["question"], "gold": row["answer"]} for row in gsm8k]
+    sources = [
+        jsonl_source(tmp_path, "a", [*numbered(3), *numbered(2)]),
+        jsonl_source(tmp_path, "b", gsm8k),
+        ParquetPrompts(
+            path=write_parquet(tmp_path / "c.parquet", own),
+            prompt_field="task",
+            answer_field="gold",
+            answer_pattern="is (.*)",
+        ),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        open_stream(*sources)
+    assert str(caught.value).startswith(
+        "data.train.2.answer_pattern = is (.*): gives no usable prompt (2 no_answer rows"
+    )
+    assert "the columns are task, gold" in str(caught.value)
+    assert [message.partition(" = ")[2] for message in caplog.messages] == [
+        f"{tmp_path}/a.jsonl: read as prompt and answer; 5 rows, 3 of them usable",
+        f"{tmp_path}/a.jsonl: skipped 2 duplicate rows (4, 5), the first with the prompt of a:1",
+        f"{tmp_path}/b.jsonl: read as GSM8K (question, answer after ####); 2 rows, 2 of them usable",
+    ]
+    sources[2] = ParquetPrompts(path=tmp_path / "c.parquet", prompt_field="task", answer_field="gold")
+    caplog.clear()
+    with pytest.raises(ConfigError, match="2 duplicate rows"):
+        open_stream(*sources)
