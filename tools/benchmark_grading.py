@@ -142,13 +142,14 @@ def _processor_s() -> float:
 def compare_hostile(count: int, config: RewardConfig) -> dict[str, float]:
     """What hostile answers cost, and whether the pool works afterwards."""
     with RewardPool(config, max_response_tokens=20_480) as pool:
-        outcomes, seconds, _ = grade(pool, list(hostile_jobs(count)))
+        outcomes, seconds, processor_s = grade(pool, list(hostile_jobs(count)))
         replaced = pool.num_replaced
         again, _, _ = grade(pool, ordinary_jobs(100))
     scores = [outcome for outcome in outcomes if isinstance(outcome, Score)]
     return {
         "hostile_answers": count,
         "hostile_s": round(seconds, 1),
+        "hostile_processor_s": round(processor_s, 1),
         "hostile_found_right": sum(score.score for score in scores),
         "hostile_given_up": sum(score.timed_out for score in scores),
         "hostile_failures": count - len(scores),
