@@ -13,7 +13,8 @@ INTRODUCTION = """\
 
 A run writes one JSON object a step to `metrics.jsonl` in its run directory, and to the other sinks that
 `metrics.tensorboard`, `metrics.wandb` and `metrics.prometheus_port` ask for. A metric without a value in a step (a mean
-over nothing, say) is left out; a number that is not finite is written as `null`.
+over nothing, say) is left out; a number that is not finite is written as `null`. A sink that fails is reported once and
+never stops the run; metrics.jsonl is part of the run, which stops where it cannot be written.
 
 **Over ranks** says how the parts of an update's metric, one for each micro-batch and rank, become one number. `mean`
 and `ratio` are the sum of all numerators over the sum of all denominators, never a mean of means. `quantile` is exact:
@@ -21,7 +22,11 @@ the q-quantile of n values is the ⌈q·n⌉-th smallest of all of them (nearest
 the values are cut. `rank 0` has no parts. **Over updates** says how the values of a step's updates become the step's;
 `step` has one value a step. An update that lacks a metric takes no part in it.
 
-In a name, `<word>` stands for any text.
+Quantiles cost four small all-reduces an update: some 4 ms of processor time on the quickstart's 4 CPU ranks, which is
+5 % of its 70 ms updates and little beside those of a larger model. `metrics.quantiles: false` leaves them out.
+
+In a name, `<word>` stands for any text; Prometheus has it as a label. A request to its endpoint needs the header
+`Authorization: Bearer TOKEN` (`credentials_file: RUN/prometheus_token` in a scrape configuration).
 """
 
 

@@ -57,6 +57,8 @@ class PrometheusSink:
                 way_out="choose another, or 0 for any free one",
             ) from error
         self.url = f"http://127.0.0.1:{self._server.server_port}/metrics"
+        # A file that is there already may be readable by others; the token goes into a new one.
+        (directory / TOKEN_FILE).unlink(missing_ok=True)
         descriptor = os.open(directory / TOKEN_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(token)

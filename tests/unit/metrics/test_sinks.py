@@ -139,8 +139,14 @@ def test_prometheus_gives_nothing_without_the_token(prometheus: PrometheusSink) 
         assert b"megatron_fipo" not in caught.value.read()
 
 
-def test_prometheus_stops_listening(directory: RunDirectory) -> None:
+def test_prometheus_makes_a_new_token_and_stops_listening(directory: RunDirectory) -> None:
+    token_file = directory.path / "prometheus_token"
+    token_file.write_text("known to others")
+    token_file.chmod(0o644)
     sink = PrometheusSink(0, directory.path)
+    assert stat.S_IMODE(token_file.stat().st_mode) == 0o600
+    with pytest.raises(urllib.error.HTTPError):
+        scrape(sink.url, "Bearer known to others")
     sink.close()
     with pytest.raises(urllib.error.URLError):
         scrape(sink.url, None)
