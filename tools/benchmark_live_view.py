@@ -83,13 +83,15 @@ class EverySecondStep(LiveView):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.painter_seconds = 0.0
         self._shows = False
-        self._began = 0.0
+        self._began = self._cpu_began = 0.0
 
     def begin_step(self, step: int) -> None:
         """Switch on or off."""
-        self._shows, self._began = step % 2 == 1, time.perf_counter()
+        self._shows = step % 2 == 1
+        self._began, self._cpu_began = time.perf_counter(), time.thread_time()
         super().begin_step(step)
 
     def begin_phase(self, name: str) -> None:
@@ -116,6 +118,7 @@ class EverySecondStep(LiveView):
         """Keep the step's time."""
         if step:
             self.seconds.append(time.perf_counter() - self._began)
+            self.cpu_seconds.append(time.thread_time() - self._cpu_began)
         super().end_step(step, metrics)
 
     def paint(self) -> None:
@@ -152,15 +155,16 @@ def run_watched[T: LiveView](config_path: Path, overrides: list[str], make_view:
 
 def report(view: EverySecondStep) -> None:
     """Compare the two kinds of steps; the first pair warms up."""
-    pairs = list(zip(view.seconds[2::2], view.seconds[3::2], strict=False))
-    extra = [shown / without - 1 for shown, without in pairs]
-    error = statistics.stdev(extra) / math.sqrt(len(extra))
+    for name, seconds in (("wall time", view.seconds), ("CPU time of the loop's thread", view.cpu_seconds)):
+        pairs = list(zip(seconds[2::2], seconds[3::2], strict=False))
+        extra = [shown / without - 1 for shown, without in pairs]
+        error = statistics.stdev(extra) / math.sqrt(len(extra))
+        hidden = statistics.mean(without for _, without in pairs)
+        print(f"{name}: {len(pairs)} pairs of steps, {hidden:.3f} s each without the view; with it")
+        print(
+            f"    {statistics.mean(extra):+.2%} ± {error:.2%} (standard error), median {statistics.median(extra):+.2%}"
+        )
     busy = sum(view.seconds[0::2])
-    hidden = statistics.mean(seconds for _, seconds in pairs)
-    print(f"{len(pairs)} pairs of steps, {hidden:.3f} s each without the view")
-    print(
-        f"with it {statistics.mean(extra):+.2%} ± {error:.2%} (standard error), median {statistics.median(extra):+.2%}"
-    )
     print(f"painting took {view.painter_seconds / busy:.3%} of one core's time")
 
 

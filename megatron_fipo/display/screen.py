@@ -117,12 +117,13 @@ def _metrics(view: View, width: int, ascii_only: bool) -> list[Text]:
         history = sparkline(view.rewards, width - 16, ascii_only)
         lines.append(Text.assemble((f"{'reward':<8}", _LABEL), f"{view.rewards[-1]:.3f}  ", (history, "green")))
     entries = [(each.label, text) for each in READINGS[1:] if (text := each.show(view.metrics)) is not None]
-    entries += [(f"{name} tok/s", quantity(value)) for name, value in speeds(view.metrics).items()]
+    rates = speeds(view.metrics)
+    entries += [(f"{_PHASES.get(name, name)} tok/s", quantity(value)) for name, value in rates.items()]
     lines += _columns(entries, width)
     shown = accuracy(view.evaluation)
     if shown is not None:
         lines.append(Text.assemble(("accuracy ", _LABEL), f"{shown}, after step {view.evaluation.get('step', 0)}"))
-    times = [f"{_PHASES.get(name, name)} {seconds:.1f} s" for name, seconds in _times(view)]
+    times = [f"{_PHASES.get(name, name)} {seconds:.1f} s" for name, seconds in _times(view) if seconds >= 0.05]
     if times:
         lines.append(Text.assemble(("times    ", _LABEL), ", ".join(times)))
     return lines

@@ -80,7 +80,7 @@ def test_a_run_is_shown_on_one_screen(root: Path, run_on_terminal: Callable[...,
     frame = "\n".join(lines[title:])
     for text in (f"step {STEPS}/{STEPS}", f"after step {STEPS}", "updates ", "2/2", "entropy", "clipped low/high"):
         assert text in frame, text
-    for text in ("influence", "memory GiB", "rollout tok/s", "accuracy", "times", "response with reward"):
+    for text in ("influence", "memory GiB", "generation tok/s", "accuracy", "times", "response with reward"):
         assert text in frame, text
     log = (root / "shown" / "logs" / "rank_0.log").read_text()
     assert [line for line in lines if "rank 0 INFO step" in line] == [

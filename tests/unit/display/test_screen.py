@@ -69,7 +69,17 @@ def test_a_screen_has_everything_an_owner_looks_for() -> None:
     shown = "\n".join(rows(state, clock))
     for text in ("arithmetic", "step 3/10", "generation 0:02", "16/64", "after step 2", "25.1", "1.10% / 2.40%"):
         assert text in shown
-    for text in ("entropy", "0.310", "1.0025", "memory GiB", "1.25", "rollout tok/s", "12.3k", "update tok/s", "950"):
+    for text in (
+        "entropy",
+        "0.310",
+        "1.0025",
+        "memory GiB",
+        "1.25",
+        "generation tok/s",
+        "12.3k",
+        "updates tok/s",
+        "950",
+    ):
         assert text in shown
     for text in ("generation 4.0 s, updates 3.0 s", "response with reward 1.000", "3+4=", "two groups were stale"):
         assert text in shown
