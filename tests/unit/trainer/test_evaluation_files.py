@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.trainer.evaluation_files import EvaluationFiles
@@ -44,6 +44,7 @@ def write(folder: Path) -> list[tuple[int, int]]:
     return sizes
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_a_writer_killed_anywhere_leaves_its_finished_chunks(tmp_path_factory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("evaluation")
