@@ -108,7 +108,7 @@ def test_a_recording_run_writes_batches_and_updates_nothing(parallel_runs: dict[
 def test_metrics_are_declared_and_finite(parallel_runs: dict[str, RunConfig]) -> None:
     lines = read_lines(parallel_runs["first"].output_dir / "metrics.jsonl")
     rooms = [{key.split("/")[0] for key in line} - {"step", "policy_version"} for line in lines]
-    of_a_step = {"rollout", "reward", "train", "fipo", "perf", "time"}
+    of_a_step = {"data", "rollout", "reward", "train", "fipo", "perf", "time"}
     assert rooms == [{"eval", "time"}, of_a_step, of_a_step | {"eval"}]
     for line in lines:
         assert not CATALOGUE.undeclared(line)
