@@ -138,7 +138,7 @@ class MiniSlurm:
         text = self.command("scontrol", "--oneliner", "show", "job", job_id)
         return {key: value for key, _, value in (word.partition("=") for word in text.split())}
 
-    def wait(self, job_id: int, timeout_s: float = 240.0) -> Job:
+    def wait(self, job_id: int, timeout_s: float = 480.0) -> Job:
         """Wait until a job has ended and all its processes are gone.
 
         Raises:

@@ -107,7 +107,7 @@ def test_a_killed_rank_ends_the_job(slurm: MiniSlurm, root: Path) -> None:
     config = small_run(root, "killed", num_steps=100_000)
     job_id = submit(slurm, config, options=ONE_PER_NODE)
     metrics = config.output_dir / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(read_lines(metrics)) > 1, "the first step", 240.0)
+    wait_for(lambda: metrics.exists() and len(read_lines(metrics)) > 1, "the first step", 480.0)
     os.kill(process_of_rank(slurm, job_id, rank=1), signal.SIGKILL)
     ended = slurm.wait(job_id)
     job_log, ranks_log = logs(root, job_id)
