@@ -165,8 +165,6 @@ class ReasoningGymPrompts:
         )
 
 
-FileSource = JsonlPrompts | ParquetPrompts
-
 PromptSource = JsonlPrompts | ParquetPrompts | ReasoningGymPrompts
 
 

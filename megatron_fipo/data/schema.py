@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fipo.config.data import FileSource
+from megatron_fipo.config.data import FilePrompts
 from megatron_fipo.data.problem import Messages, UnusableRow
 
 _GROUPED_NUMBER = re.compile(r"[-+$]*\d{1,3}(,\d{3})+(\.\d+)?")
@@ -116,7 +116,7 @@ GSM8K = Schema(
 )
 
 
-def choose_schema(source: FileSource, first_rows: Sequence[Any]) -> Schema:
+def choose_schema(source: FilePrompts, first_rows: Sequence[Any]) -> Schema:
     """The columns that the configuration names, or those of the known schema that most of the first rows follow.
 
     Args:
