@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.metrics.evaluation_table import evaluation_table
+from megatron_fipo.runtime.json_files import read_whole_lines
 
 
 def main() -> None:
@@ -20,8 +21,7 @@ def main() -> None:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         sys.exit(f"{path}: there is no such file; name a run directory, or an evaluation's")
-    steps = [json.loads(line) for line in path.read_text().splitlines()]
-    evaluations = [step for step in steps if "eval/accuracy" in step]
+    evaluations = [step for step in read_whole_lines(path)[0] if "eval/accuracy" in step]
     if not evaluations:
         sys.exit(f"{path}: the run evaluated nothing")
     print("\n".join(_run_lines(folder, evaluations)))
