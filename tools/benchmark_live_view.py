@@ -1,12 +1,15 @@
-"""What the live view costs: alone, and in a run whose every second step goes without it.
+"""What the live view costs: alone, and in whole runs that go without it on every second step.
 
 python tools/benchmark_live_view.py
     prints the time of an event, with and without a view, and of a frame.
-torchrun --standalone --nproc-per-node 4 tools/benchmark_live_view.py CONFIG.yaml [--section.field value ...]
-    runs the configuration on a terminal, painting on odd steps alone, and compares each with the step after it.
+torchrun --standalone --nproc-per-node N tools/benchmark_live_view.py odd|even CONFIG.yaml [--section.field value ...]
+    runs the configuration on a terminal, with the view on odd or on even steps alone, and keeps every step's seconds.
+python tools/benchmark_live_view.py compare RUN_ODD RUN_EVEN
+    compares every step with itself in the other run, which did the same work: equal configurations repeat bitwise.
 """
 
 import io
+import json
 import math
 import os
 import statistics
@@ -23,15 +26,20 @@ from megatron_fipo.display.live_view import LiveView
 from megatron_fipo.display.screen import Screen
 from megatron_fipo.runtime.progress import NO_PROGRESS
 
+_KEPT = "live_view_seconds.json"
+
 
 def main() -> None:
     """Measure what the words ask for."""
-    if len(sys.argv) > 1:
-        view = run_watched(Path(sys.argv[1]), sys.argv[2:], EverySecondStep)
-        if view is not None:
-            report(view)
-    else:
-        measure_alone()
+    match sys.argv[1:]:
+        case []:
+            measure_alone()
+        case ["compare", odd, even]:
+            compare(Path(odd), Path(even))
+        case ["odd" | "even" as shown, config, *overrides]:
+            run_watched(Path(config), overrides, lambda console: EverySecondStep(console, shown == "odd"))
+        case _:
+            sys.exit(__doc__)
 
 
 def measure_alone() -> None:
@@ -78,20 +86,30 @@ def busy_state() -> LiveState:
 
 
 class EverySecondStep(LiveView):
-    """A view that hears and paints on odd steps alone; keeps every step's seconds."""
+    """A view that hears and paints on every second step; keeps the seconds of all.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: Where it paints.
+        on_odd: On odd steps, else on even ones.
+    """
+
+    def __init__(self, console: Console, on_odd: bool) -> None:
         super().__init__(console)
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
-        self.painter_seconds = 0.0
-        self._shows = False
-        self._began = self._cpu_began = 0.0
+        self._on_odd, self._shows, self._painting = on_odd, False, 0.0
+        self._folder = Path()
+        self._began: dict[str, float] = {}
+        self._steps: list[dict[str, float]] = []
+
+    def begin_run(self, directory: Path, num_steps: int) -> None:
+        """Remember where the seconds go."""
+        self._folder = directory
+        super().begin_run(directory, num_steps)
 
     def begin_step(self, step: int) -> None:
         """Switch on or off."""
-        self._shows = step % 2 == 1
-        self._began, self._cpu_began = time.perf_counter(), time.thread_time()
+        self._shows = (step % 2 == 1) == self._on_odd
+        self._painting = 0.0
+        self._began = {"wall": time.perf_counter(), "loop": time.thread_time()}
         super().begin_step(step)
 
     def begin_phase(self, name: str) -> None:
@@ -117,8 +135,10 @@ class EverySecondStep(LiveView):
     def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Keep the step's time."""
         if step:
-            self.seconds.append(time.perf_counter() - self._began)
-            self.cpu_seconds.append(time.thread_time() - self._cpu_began)
+            now = {"wall": time.perf_counter(), "loop": time.thread_time()}
+            self._steps.append({name: now[name] - began for name, began in self._began.items()})
+            self._steps[-1]["painter"] = self._painting
+            (self._folder / _KEPT).write_text(json.dumps(self._steps))
         super().end_step(step, metrics)
 
     def paint(self) -> None:
@@ -126,7 +146,7 @@ class EverySecondStep(LiveView):
         if self._shows:
             started = time.thread_time()
             super().paint()
-            self.painter_seconds += time.thread_time() - started
+            self._painting += time.thread_time() - started
 
 
 def run_watched[T: LiveView](config_path: Path, overrides: list[str], make_view: Callable[[Console], T]) -> T | None:
@@ -153,19 +173,24 @@ def run_watched[T: LiveView](config_path: Path, overrides: list[str], make_view:
     return view
 
 
-def report(view: EverySecondStep) -> None:
-    """Compare the two kinds of steps; the first pair warms up."""
-    for name, seconds in (("wall time", view.seconds), ("CPU time of the loop's thread", view.cpu_seconds)):
-        pairs = list(zip(seconds[2::2], seconds[3::2], strict=False))
-        extra = [shown / without - 1 for shown, without in pairs]
-        error = statistics.stdev(extra) / math.sqrt(len(extra))
-        hidden = statistics.mean(without for _, without in pairs)
-        print(f"{name}: {len(pairs)} pairs of steps, {hidden:.3f} s each without the view; with it")
-        print(
-            f"    {statistics.mean(extra):+.2%} ± {error:.2%} (standard error), median {statistics.median(extra):+.2%}"
-        )
-    busy = sum(view.seconds[0::2])
-    print(f"painting took {view.painter_seconds / busy:.3%} of one core's time")
+def compare(odd: Path, even: Path) -> None:
+    """Print how much longer a step takes with the view; the first two steps warm up."""
+    runs = [json.loads((folder / _KEPT).read_text()) for folder in (odd, even)]
+    for name, title in (("wall", "wall time"), ("loop", "CPU time of the loop's thread")):
+        # In which run a step has the view alternates; the mean over both kinds leaves out which run was the faster one.
+        extra = [
+            [math.log(with_view[name] / without[name]) for with_view, without in zip(*pair, strict=True)]
+            for pair in ((runs[0][2::2], runs[1][2::2]), (runs[1][3::2], runs[0][3::2]))
+        ]
+        mean = statistics.mean(statistics.mean(kind) for kind in extra)
+        error = math.sqrt(sum(statistics.variance(kind) / len(kind) for kind in extra)) / 2
+        middle = statistics.mean(statistics.median(kind) for kind in extra)
+        print(f"{title}: {mean:+.2%} ± {error:.2%} (standard error), median {middle:+.2%}")
+    shown = [*runs[0][2::2], *runs[1][3::2]]
+    share = sum(step["painter"] for step in shown) / sum(step["wall"] for step in shown)
+    print(
+        f"{len(shown)} steps of {statistics.mean(step['wall'] for step in shown):.3f} s; painting {share:.3%} of a core"
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from megatron_fipo.display.screen import Screen, recorded_svg
 from megatron_fipo.runtime.logging import line_format, own_logger
 
 _SHORTEST_INTERVAL_S = 0.25
-_LARGEST_SHARE = 0.005
+_LARGEST_SHARE = 0.003
 """Part of one core's time that painting may take: a slow machine gets fewer frames, not a slower run."""
 
 # Waits for the end of its input, which comes when the process that holds the other end is gone, however it went.
