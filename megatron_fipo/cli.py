@@ -126,7 +126,7 @@ def _train_on_ranks(config: "RunConfig") -> int:
 
 
 def _evaluate_on_ranks(config: "EvaluateConfig") -> int:
-    from megatron_fipo.trainer.evaluate import evaluate
+    from megatron_fipo.trainer.evaluation.command import evaluate
 
     return _on_ranks(lambda rank: evaluate(config), "the evaluation stopped")
 

@@ -12,7 +12,7 @@ def evaluation_table(metrics: Mapping[str, float]) -> list[str]:
     """Lines of the table, the column titles first.
 
     Args:
-        metrics: See `trainer.evaluation_results.evaluation_metrics`; other metrics do not matter.
+        metrics: See `trainer.evaluation.results.evaluation_metrics`; other metrics do not matter.
 
     Returns:
         Lines; a mean is followed by its interval. The last row is of all problems together where there are several

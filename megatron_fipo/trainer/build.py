@@ -35,7 +35,7 @@ from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
-from megatron_fipo.trainer.problems import select_prompts
+from megatron_fipo.trainer.evaluation.problems import select_prompts
 from megatron_fipo.trainer.rollout_side import RolloutSide
 from megatron_fipo.trainer.state import Actor, Run
 from megatron_fipo.types import Prompt

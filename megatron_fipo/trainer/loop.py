@@ -12,7 +12,7 @@ from megatron_fipo.rollout.batch import batch_path, build_train_batch, load_reco
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.runtime.errors import NonFiniteError
 from megatron_fipo.trainer.agreement import on_main_rank
-from megatron_fipo.trainer.evaluation import evaluate_when_due
+from megatron_fipo.trainer.evaluation.in_run import evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done
 from megatron_fipo.trainer.reporting import report_start, report_step
 from megatron_fipo.trainer.state import Run

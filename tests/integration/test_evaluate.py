@@ -28,8 +28,8 @@ from megatron_fipo.config.run import RunConfig
 from megatron_fipo.metrics.evaluation_table import evaluation_table
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.json_files import append_lines
-from megatron_fipo.trainer.evaluate import evaluate
-from megatron_fipo.trainer.evaluation_files import EvaluationFiles
+from megatron_fipo.trainer.evaluation.command import evaluate
+from megatron_fipo.trainer.evaluation.files import EvaluationFiles
 from tests.distributed_helpers import run_distributed
 from tests.integration.small_runs import (
     ANSWER_PATTERN,

@@ -9,7 +9,7 @@ from megatron_fipo.config.evaluation import EvaluationConfig
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.engine import SamplingParameters
 from megatron_fipo.runtime.seeding import derive_seed
-from megatron_fipo.trainer.evaluation_results import ProblemResult, problem_results, response_records
+from megatron_fipo.trainer.evaluation.results import ProblemResult, problem_results, response_records
 from megatron_fipo.types import Prompt
 
 

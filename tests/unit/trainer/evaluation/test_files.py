@@ -3,8 +3,8 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.trainer.evaluation_files import EvaluationFiles
-from megatron_fipo.trainer.evaluation_results import ProblemResult
+from megatron_fipo.trainer.evaluation.files import EvaluationFiles
+from megatron_fipo.trainer.evaluation.results import ProblemResult
 
 CHUNKS = [2, 2, 1]
 # Responses of each problem: one could not be scored.

@@ -13,8 +13,7 @@ import pytest
 from megatron_fipo.config.evaluation import EvaluationConfig
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.metrics.evaluation_table import evaluation_table
-from megatron_fipo.trainer import evaluation_results
-from megatron_fipo.trainer.evaluation_results import (
+from megatron_fipo.trainer.evaluation.results import (
     AnswerClass,
     ProblemResult,
     evaluation_metrics,
@@ -151,7 +150,7 @@ def test_spellings_are_compared_once_for_all_problems_and_joined_in_chains() -> 
 
 def test_comparisons_of_a_problem_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two most frequent spellings are still compared; the third stays apart."""
-    monkeypatch.setattr(evaluation_results, "MAX_COMPARISONS", 1)
+    monkeypatch.setattr("megatron_fipo.trainer.evaluation.results.MAX_COMPARISONS", 1)
     answers: list[tuple[str | None, float]] = [("3", 0.0), ("4/2", 1.0), ("4/2", 1.0), ("2", 1.0), ("2", 1.0)]
     (result,) = judge([group(0, "a", "2", answers)], num_samples=5)
     assert [(each.answer, each.count) for each in result.answers] == [("4/2", 4), ("3", 1)]

@@ -24,8 +24,8 @@ from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import SamplingParameters
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
-from megatron_fipo.trainer.evaluation_directory import prepare_directory
-from megatron_fipo.trainer.problems import evaluation_sampling, select_prompts
+from megatron_fipo.trainer.evaluation.directory import prepare_directory
+from megatron_fipo.trainer.evaluation.problems import evaluation_sampling, select_prompts
 from megatron_fipo.trainer.rollout_side import RolloutSide
 from megatron_fipo.types import Prompt
 from megatron_fipo.weight_sync.folder import FolderSync

@@ -9,10 +9,10 @@ from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.runtime.json_files import write_json
 from megatron_fipo.trainer.agreement import on_main_rank
-from megatron_fipo.trainer.build_evaluation import Problems, build_generation, prepare_problems
-from megatron_fipo.trainer.evaluation_files import EvaluationFiles
-from megatron_fipo.trainer.evaluation_results import ProblemResult, evaluation_metrics
-from megatron_fipo.trainer.problems import interval_seed, try_problems
+from megatron_fipo.trainer.evaluation.build import Problems, build_generation, prepare_problems
+from megatron_fipo.trainer.evaluation.files import EvaluationFiles
+from megatron_fipo.trainer.evaluation.problems import interval_seed, try_problems
+from megatron_fipo.trainer.evaluation.results import ProblemResult, evaluation_metrics
 from megatron_fipo.types import Prompt
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.runtime.json_files import append_lines, read_whole_lines
-from megatron_fipo.trainer.evaluation_results import ProblemResult
+from megatron_fipo.trainer.evaluation.results import ProblemResult
 
 
 class EvaluationFiles:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.rollout.controller import RolloutController
-from megatron_fipo.trainer.evaluation_files import EvaluationFiles
-from megatron_fipo.trainer.evaluation_results import ProblemResult, evaluation_metrics
-from megatron_fipo.trainer.problems import interval_seed, try_problems
+from megatron_fipo.trainer.evaluation.files import EvaluationFiles
+from megatron_fipo.trainer.evaluation.problems import interval_seed, try_problems
+from megatron_fipo.trainer.evaluation.results import ProblemResult, evaluation_metrics
 from megatron_fipo.trainer.state import Run
 
 
