@@ -19,7 +19,7 @@ from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.data.evaluation import load_evaluation_prompts
 from megatron_fipo.data.stream import PromptStream
-from megatron_fipo.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.metrics.writer import MetricsWriter, check_sinks, open_sinks
 from megatron_fipo.parallel.context import ParallelContext, build_parallel_context
 from megatron_fipo.platform.device import DTYPES
@@ -28,7 +28,7 @@ from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.batch import batch_path, load_recorded
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
-from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters
+from megatron_fipo.rollout.engine import RolloutEngine
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
@@ -36,6 +36,7 @@ from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.evaluation.problems import select_prompts
+from megatron_fipo.trainer.generation_inputs import check_positions, training_sampling
 from megatron_fipo.trainer.rollout_side import RolloutSide
 from megatron_fipo.trainer.state import Actor, Run
 from megatron_fipo.types import Prompt
@@ -113,7 +114,8 @@ def _prepare_generation(
     """Load tokenizer and prompts, start grading; returns what makes an engine's controller and held-out prompts."""
     data = config.data
     assert data is not None, "RunConfig demands prompts of every mode that generates"
-    _check_positions(config, data.max_prompt_tokens, bridge)
+    positions = int(bridge.export_config(torch.float32)["max_position_embeddings"])
+    check_positions(data.max_prompt_tokens, config.rollout, positions)
     tokenizer = load_tokenizer(config.model.path, bridge.vocab_size)
     stream = PromptStream(data, tokenizer, derive_seed(config.seed, "prompts"))
     check_prompts(config.reward, [prompt for first in stream.first_prompts.values() for prompt in first], "data.train")
@@ -123,12 +125,7 @@ def _prepare_generation(
         usable = load_evaluation_prompts(data, tokenizer, limit=config.evaluation.num_prompts, stream=stream)
         check_prompts(config.reward, usable, "data.evaluation")
         held_out = select_prompts(usable, config.evaluation.num_prompts)
-    sampling = SamplingParameters(
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        max_tokens=config.rollout.max_response_tokens,
-        stop_token_ids=stop_token_ids(config.model.path, tokenizer, config.rollout.stop_token_ids),
-    )
+    sampling = training_sampling(config.rollout, config.model.path, tokenizer)
     pool = resources.enter_context(RewardPool(config.reward, config.rollout.max_response_tokens))
 
     def make(engine: RolloutEngine, progress: Progress) -> tuple[RolloutController, Sequence[Prompt]]:
@@ -156,19 +153,6 @@ def _check_epochs(config: RunConfig, stream: PromptStream) -> None:
         value=config.data.epochs if config.data else None,
         rule=f"gives at most {stream.most_prompts:,.0f} prompts, and num_steps = {config.num_steps} need {needed:,}",
         way_out="allow more epochs, or set it to null",
-    )
-
-
-def _check_positions(config: RunConfig, max_prompt_tokens: int, bridge: HfBridge) -> None:
-    """Refuse sequences beyond the positions that the model was made for, where no other context length is set."""
-    longest = max_prompt_tokens + config.rollout.max_response_tokens
-    positions = int(bridge.export_config(torch.float32)["max_position_embeddings"])
-    require(
-        longest <= positions,
-        field="rollout.max_response_tokens",
-        value=config.rollout.max_response_tokens,
-        rule=f"must not exceed, with data.max_prompt_tokens = {max_prompt_tokens}, the model's {positions} positions",
-        way_out=f"shorten prompts or responses, or set model.context_length to {longest} or more",
     )
 
 

@@ -4,9 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_fipo.config.base import require
 from megatron_fipo.config.evaluate import EvaluateConfig
 from megatron_fipo.conversion.hf_folder import (
     check_weights,
@@ -15,7 +13,7 @@ from megatron_fipo.conversion.hf_folder import (
     read_model_config,
 )
 from megatron_fipo.data.evaluation import load_sources
-from megatron_fipo.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rewards.check import check_prompts
 from megatron_fipo.rewards.pool import RewardPool
@@ -26,6 +24,7 @@ from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.evaluation.directory import prepare_directory
 from megatron_fipo.trainer.evaluation.problems import evaluation_sampling, select_prompts
+from megatron_fipo.trainer.generation_inputs import check_positions, training_sampling
 from megatron_fipo.trainer.rollout_side import RolloutSide
 from megatron_fipo.types import Prompt
 from megatron_fipo.weight_sync.folder import FolderSync
@@ -57,39 +56,20 @@ def prepare_problems(config: EvaluateConfig) -> Problems:
     folder = config.model.path
     model = read_model_config(folder)
     check_weights(folder)
-    _check_positions(config, model)
+    positions = config.model.context_length or int(model["max_position_embeddings"])
+    check_positions(config.data.max_prompt_tokens, config.rollout, positions)
     tokenizer = load_tokenizer(folder, int(model["vocab_size"]))
     usable = load_sources(config.data.evaluation, config.data, tokenizer, limit=config.evaluation.num_prompts)
     check_prompts(config.reward, usable, "data.evaluation")
     prompts = select_prompts(usable, config.evaluation.num_prompts)
     fingerprints = {"model.path": fingerprint_folder(folder), "data.evaluation": _fingerprint(prompts)}
     prepare_directory(config, fingerprints)
-    training = SamplingParameters(
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        max_tokens=config.rollout.max_response_tokens,
-        stop_token_ids=stop_token_ids(folder, tokenizer, config.rollout.stop_token_ids),
-    )
+    training = training_sampling(config.rollout, folder, tokenizer)
     return Problems(
         prompts=prompts,
         sampling=evaluation_sampling(training, config.evaluation),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         fingerprints=fingerprints,
-    )
-
-
-def _check_positions(config: EvaluateConfig, model: Mapping[str, Any]) -> None:
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    positions = config.model.context_length or int(model["max_position_embeddings"])
-    require(
-        longest <= positions,
-        field="rollout.max_response_tokens",
-        value=config.rollout.max_response_tokens,
-        rule=(
-            f"must not exceed, with data.max_prompt_tokens = {config.data.max_prompt_tokens}, the model's {positions} "
-            "positions"
-        ),
-        way_out=f"shorten prompts or responses, or set model.context_length to {longest} or more",
     )
 
 
