@@ -1,6 +1,7 @@
 """Prints the held-out accuracies of a run or of an evaluation: `python tools/show_evaluation.py DIRECTORY`."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def _run_lines(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> list[s
         shown = "-" if greedy is None else f"{greedy:.3f}"
         lines.append(f"{step['step']:>10}   {step['eval/accuracy']:>8.3f} {interval:<35}   {shown}")
     lines.append(f"gain: {last['eval/accuracy'] - first['eval/accuracy']:+.3f}")
-    sources = [key for key in last if key.startswith("eval/") and key.endswith("/num_problems")]
+    sources = [key for key in last if re.fullmatch("eval/.+/num_problems", key)]
     several_samples = any("/pass_at_" in key for key in last)
     if len(sources) > 1 or several_samples:
         lines += ["", f"after step {last['step']}, by source:", *evaluation_table(last)]
