@@ -1,7 +1,6 @@
 """Token records of a step on disk: plain arrays, readable without PyTorch, complete or absent."""
 
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_fipo.runtime.whole_file import whole_file
 
 FORMAT_VERSION = 1
 _FLOATS = ("old_log_probs", "log_ratio", "future_kl", "influence_weights", "entropy")
@@ -74,18 +75,14 @@ def token_path(run: Path, step: int) -> Path:
 def save_tokens(records: TokenRecords, path: Path) -> None:
     """Write the records; the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     arrays = {name: getattr(records, name) for name in _TYPES}
-    with partial.open("wb") as file:
+    with whole_file(path) as file:
         np.savez_compressed(
             file,
             format_version=np.int64(FORMAT_VERSION),
             pieces=np.frombuffer(json.dumps(records.pieces).encode(), dtype=np.uint8),
             **arrays,
         )
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def load_tokens(path: Path) -> TokenRecords:

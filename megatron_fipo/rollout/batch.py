@@ -1,7 +1,6 @@
 """Scored groups to one packed training batch, and batches to files and back."""
 
 import dataclasses
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.whole_file import whole_file
 from megatron_fipo.types import RolloutGroup, TrainBatch
 
 FORMAT_VERSION = 1
@@ -111,17 +111,13 @@ def batch_path(folder: Path, step: int) -> Path:
 def save_batch(batch: TrainBatch, path: Path) -> None:
     """Write a batch as an npz file of plain arrays; it appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with whole_file(path) as file:
         np.savez(
             file,
             format_version=np.int64(FORMAT_VERSION),
             temperature=np.float64(batch.temperature),
             **{name: getattr(batch, name) for name in _TYPES},
         )
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def load_batch(path: Path) -> TrainBatch:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_fipo.runtime.whole_file import whole_file
+
 
 def append_lines(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
     """Add one line for each object and wait until they are on disk; numbers that are not finite become null."""
@@ -43,17 +45,9 @@ def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file that is there whole or not at all, also after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(json.dumps(_finite(content), ensure_ascii=False, allow_nan=False, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    text = json.dumps(_finite(content), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
 def _finite(value: Any) -> Any:
