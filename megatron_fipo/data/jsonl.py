@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from megatron_fipo.data.problem import Problem, UnusableRow
 from megatron_fipo.data.row_index import RowIndex
 from megatron_fipo.data.scan_jsonl import JsonlScan, find_in_line, parse_line, scan_jsonl
 from megatron_fipo.data.schema import Schema, choose_schema
+from megatron_fipo.runtime.child_process import child_environment
 from megatron_fipo.runtime.errors import RunError
 
 _ROWS_TO_RECOGNISE = 100
 _BYTES_PER_WORKER = 2**24
 _MOST_WORKERS = 8
-_PACKAGE_ROOT = Path(__file__).parents[2]
 # Not -m: what the worker sends back must not belong to a module called __main__.
 _PROGRAM = "from megatron_fipo.data.scan_jsonl import main; main()"
 
@@ -137,18 +136,13 @@ def _start_worker(path: Path, start: int, stop: int, schema: Schema) -> subproce
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(_search_path())},
+        env=child_environment(),
     )
     assert worker.stdin is not None
     worker.stdin.write(json.dumps(request).encode())
     worker.stdin.close()
     worker.stdin = None
     return worker
-
-
-def _search_path() -> Sequence[str]:
-    given = os.environ.get("PYTHONPATH", "")
-    return [str(_PACKAGE_ROOT), *([given] if given else [])]
 
 
 def _result_of(worker: subprocess.Popen[bytes]) -> JsonlScan:

@@ -6,17 +6,16 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.rewards.messages import LENGTH_BYTES, body_length, decode_body, encode_message
+from megatron_fipo.runtime.child_process import child_environment
 from megatron_fipo.runtime.errors import RunError
 
 START_TIMEOUT_S = 120.0
 """Imports from a cold network file system are slow."""
 
-_PACKAGE_PARENT = Path(__file__).parents[2]
 _ENVIRONMENT = {
     **{f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")},
     "CUDA_VISIBLE_DEVICES": "",
@@ -71,7 +70,7 @@ class GradingProcess:
             *(sys.executable, "-P", "-W", "ignore", "-m", "megatron_fipo.rewards.worker", str(os.getpid())),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=_environment(),
+            env=child_environment(**_ENVIRONMENT),
         )
         started = cls(process)
         try:
@@ -137,13 +136,3 @@ class GradingProcess:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         await self.process.wait()
-
-
-def _environment() -> dict[str, str]:
-    """The parent's, but for `_ENVIRONMENT`, and with this package to be found."""
-    paths = [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        **_ENVIRONMENT,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
