@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from megatron_fipo.config.run import RunConfig
 
 USAGE = """\
-megatron-fipo train CONFIG.yaml [--section.field value ...]
+megatron-fipo train|evaluate|check CONFIG.yaml [--section.field value ...]
+megatron-fipo inspect RUN [--step N] [--sample I]
 
   train     Run the configuration. Start it with srun (slurm/train.sbatch) or
             torchrun on several ranks, or plainly on one.
