@@ -16,9 +16,8 @@ USAGE = """\
 megatron-fipo train|evaluate|check CONFIG.yaml [--section.field value ...]
 megatron-fipo inspect RUN [--step N] [--sample I]
 
-  train     Run the configuration. Start it with srun (slurm/train.sbatch) or
-            torchrun on several ranks, or plainly on one.
-            `--mode rollout_only` records rollouts, `--mode train_only` trains on recorded ones.
+  train     Run the configuration. Start it with srun (slurm/train.sbatch) or torchrun on several ranks, or plainly on
+            one. `--mode rollout_only` records rollouts, `--mode train_only` trains on recorded ones.
   evaluate  Try prompts with answers on a model folder, such as a run's export: Avg@k, Cons@k and Pass@k with their
             intervals. CONFIG.yaml may be the run's own. Started again, it goes on where it stopped.
   inspect   Show the steps of a run directory, its samples, and their tokens with log-ratio, Future-KL and influence
