@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron_fipo.config.reward import (
     DapoMathTerm,
@@ -23,7 +23,7 @@ from megatron_fipo.rewards.base import BadReferenceError, Response, Term, Verdic
 from megatron_fipo.rewards.time_limit import TimeLimitError, time_limit
 
 Json = dict[str, Any]
-FailureKind = str
+FailureKind = Literal["reference", "raised", "not_finite", "ended"]
 """What a failure is: "reference" (a defect of the data row), "raised", "not_finite", or "ended" (hung, or its process
 died)."""
 
