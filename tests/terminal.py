@@ -37,14 +37,14 @@ class Terminal:
     def resize(self, width: int, height: int) -> None:
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
-    def read_until(self, text: str, timeout_s: float = 20.0) -> str:
+    def read_until(self, text: str, timeout_s: float = 60.0) -> str:
         """Read until the output since the last call has the text; returns that output."""
         start, deadline = len(self.output), time.monotonic() + timeout_s
         while text not in self.output[start:]:
             assert self._read(deadline), f"no {text!r} in {self.output[start:]!r}"
         return self.output[start:]
 
-    def read_to_end(self, timeout_s: float = 20.0) -> str:
+    def read_to_end(self, timeout_s: float = 60.0) -> str:
         """Read until every process has left the terminal; returns the output since the last call."""
         start, deadline = len(self.output), time.monotonic() + timeout_s
         while self._read(deadline):
@@ -68,6 +68,8 @@ def on_terminal(words: Sequence[str], width: int = 80, height: int = 24) -> Iter
     """Run a program whose stdout and stderr are a terminal of the given size."""
     master, slave = pty.openpty()
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
+    # A shell's background job ignores the signal, and so would the program.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         words,
         stdin=subprocess.PIPE,
@@ -76,6 +78,7 @@ def on_terminal(words: Sequence[str], width: int = 80, height: int = 24) -> Iter
         env={**environment, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, before)
     os.close(slave)
     terminal = Terminal(process, master)
     terminal.resize(width, height)

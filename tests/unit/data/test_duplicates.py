@@ -1,6 +1,5 @@
 """The first of equal prompts stays, over all sources."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -58,7 +57,6 @@ def test_a_source_of_duplicates_alone_is_an_error(tmp_path: Path):
 
 
 def test_duplicates_stay_where_they_are_wanted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    logging.getLogger("megatron_fipo").propagate = True
     source = jsonl_source(tmp_path, "twice", [*numbered(2), *numbered(2)])
     stream = open_stream(source, deduplicate=False, shuffle=False)
     assert [prompt.id for prompt in stream.next(4)] == ["twice:1", "twice:2", "twice:3", "twice:4"]

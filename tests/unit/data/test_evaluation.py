@@ -1,6 +1,5 @@
 """The prompts that evaluation tries."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ def test_none_without_a_source(tmp_path: Path):
 
 
 def test_duplicates_and_bad_rows_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    logging.getLogger("megatron_fipo").propagate = True
     rows = [*numbered(2), *numbered(2), b"{", {"prompt": "x" * 50, "answer": "a"}]
     source = jsonl_source(tmp_path, "x", rows)
     config = data_config(jsonl_source(tmp_path, "t", numbered(1, text="t")), evaluation=source, max_prompt_tokens=20)
@@ -40,7 +38,6 @@ def test_duplicates_and_bad_rows_are_reported(tmp_path: Path, caplog: pytest.Log
 
 
 def test_prompts_that_training_draws_too_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    logging.getLogger("megatron_fipo").propagate = True
     train = jsonl_source(tmp_path, "train", [{"prompt": " problem   2 ", "answer": "2"}, *numbered(3, first=3)])
     evaluation = jsonl_source(tmp_path, "test", numbered(6))
     config = data_config(train, evaluation=evaluation)

@@ -199,7 +199,6 @@ def test_a_conversation_that_the_template_refuses_is_skipped(load):
 
 def test_the_report_names_the_first_rows_of_each_reason(load, caplog):
     caplog.set_level(logging.WARNING)
-    logging.getLogger("megatron_fipo").propagate = True
     load(GOOD, *[b"{"] * 7, {"prompt": "q"})
     broken, no_answer = caplog.messages
     assert "skipped 7 broken rows (2, 3, 4, 5, 6, ...), the first with not JSON" in broken

@@ -154,7 +154,6 @@ def test_counters(mixture: list):
 
 
 def test_rows_that_are_skipped_when_drawn_are_reported_a_few_times(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    logging.getLogger("megatron_fipo").propagate = True
     rows = [{"prompt": "x" * length, "answer": "a"} for length in (1, 5, *range(20, 40), 6)]
     stream = open_stream(jsonl_source(tmp_path, "x", rows), shuffle=False, min_prompt_tokens=2, max_prompt_tokens=10)
     assert not caplog.messages
@@ -247,8 +246,7 @@ def test_a_state_of_another_mixture_is_refused(tmp_path: Path):
 
 
 def test_the_log_says_how_each_source_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.INFO)
-    logging.getLogger("megatron_fipo").propagate = True
+    caplog.set_level(logging.INFO, logger="megatron_fipo")
     gsm8k = [{"question": f"q{number}", "answer": f"so\n#### {number}"} for number in range(2)]
     own = [{"task": row["question"], "gold": row["answer"]} for row in gsm8k]
     sources = [

@@ -1,6 +1,7 @@
 """Grading processes: order, deadlines, deaths, and the end."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -53,7 +54,13 @@ def failure(pool: RewardPool, text: str) -> ScoreFailure:
 
 
 def children() -> list[psutil.Process]:
-    return psutil.Process().children()
+    """Grading processes of this one, which may have other children."""
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if "megatron_fipo.rewards.worker" in process.cmdline():
+                found.append(process)
+    return found
 
 
 def test_terms_are_weighted_and_the_first_is_the_score(pool: RewardPool) -> None:
