@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Makes the quickstart's model (cached), trains it on 4 CPU ranks, and prints the accuracy before and after.
 #   SEED=2 CONFIG=examples/tiny_cpu/dapo.yaml bash examples/tiny_cpu/run.sh [--section.field value ...]
+# OUTPUT_DIR names the run directory.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 seed="${SEED:-1}"
 config="${CONFIG:-examples/tiny_cpu/config.yaml}"
 made=".cache/tiny_cpu/seed_${seed}"
-run="runs/tiny_cpu/$(basename "$config" .yaml)-seed_${seed}-$(date +%Y%m%d-%H%M%S)"
+run="${OUTPUT_DIR:-runs/tiny_cpu/$(basename "$config" .yaml)-seed_${seed}-$(date +%Y%m%d-%H%M%S)}"
 export OMP_NUM_THREADS=1
 
 python examples/tiny_cpu/make_model.py --seed "$seed" --output "$made"
