@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class GradingProcess:
             *(sys.executable, "-P", "-W", "ignore", "-m", "megatron_fipo.rewards.worker", str(os.getpid())),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            process_group=0,
             env=child_environment(**_ENVIRONMENT),
         )
         started = cls(process)
@@ -132,7 +134,8 @@ class GradingProcess:
             self.doing = (message["at"][0], message["at"][1])
 
     async def end(self) -> None:
-        """Kill it, if it still runs, and wait for its end."""
+        """Kill it, if it still runs, with what a user's function has forked, and wait for its end."""
+        # What still holds the pipes would be waited for.
         with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
         await self.process.wait()

@@ -51,7 +51,12 @@ class PythonFunction:
             raise ConfigError(field, path, f"{module_path} has no {name}", "correct the function's name")
         if not callable(function) or inspect.isclass(function) or inspect.iscoroutinefunction(function):
             raise ConfigError(field, path, f"{name} is no plain function", "name a function that returns a number")
-        return cls(function, _parameters(function, field, path))
+        try:
+            signature = inspect.signature(function)
+        except ValueError as error:
+            way_out = "write a Python function that calls it"
+            raise ConfigError(field, path, f"{name} does not tell its parameters", way_out) from error
+        return cls(function, _parameters(signature, field, path))
 
     def read_reference(self, response: Response) -> None:
         """The function sees to the reference answer by itself."""
@@ -89,9 +94,9 @@ def _import(path: str) -> Any:
     return module
 
 
-def _parameters(function: Callable[..., Any], field: str, path: str) -> tuple[str, ...]:
+def _parameters(signature: inspect.Signature, field: str, path: str) -> tuple[str, ...]:
     names = []
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature.parameters.values():
         if parameter.name in ARGUMENTS and parameter.kind != parameter.POSITIONAL_ONLY:
             names.append(parameter.name)
         elif parameter.kind == parameter.VAR_KEYWORD:

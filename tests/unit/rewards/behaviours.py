@@ -24,6 +24,12 @@ def say(value: str) -> int:
     return len(sys.stdin.read())
 
 
+def fork(value: str) -> float:
+    if os.fork() == 0 and value == "and wait":
+        signal.pause()
+    return 0.5
+
+
 ACTIONS: dict[str, Callable[[str], object]] = {
     "give": float,
     "nothing": lambda value: None,
@@ -33,6 +39,7 @@ ACTIONS: dict[str, Callable[[str], object]] = {
     "die": lambda value: os.kill(os.getpid(), signal.SIGKILL),
     "fill": lambda value: len(bytearray(64 * 1024**3)),
     "print": say,
+    "fork": fork,
     # Waits until somebody opens the pipe to write.
     "read": lambda value: float(Path(value).read_text()),
     "imported": lambda value: sum(name in sys.modules for name in value.split()),

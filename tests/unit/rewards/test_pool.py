@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,21 @@ def test_a_caller_that_stops_waiting_disturbs_nothing(pool: RewardPool, tmp_path
 def test_what_a_function_prints_disturbs_nothing(pool: RewardPool) -> None:
     (outcome,) = score(pool, [job("print something")])
     assert isinstance(outcome, Score) and outcome.terms["mine"] == 0.0
+
+
+def test_what_a_function_forks_answers_nothing_and_holds_nobody_up() -> None:
+    known = {process.pid for process in psutil.process_iter()}
+    with small_pool() as pool:
+        jobs = [job("fork"), job("fork and wait"), *(job(f"give {number}") for number in range(8))]
+        outcomes = score(pool, jobs)
+        assert [outcome.reward for outcome in outcomes if isinstance(outcome, Score)] == [0.5, 0.5, *range(8)]
+        (worker,) = [process for process in children() if process.pid not in known]
+        (forked,) = [process for process in worker.children() if process.status() != psutil.STATUS_ZOMBIE]
+        closing = threading.Thread(target=pool.close, daemon=True)
+        closing.start()
+        closing.join(10)
+        assert not closing.is_alive()
+        assert not forked.is_running() or forked.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_process_imports_no_large_library(pool: RewardPool) -> None:

@@ -15,6 +15,7 @@ import asyncio
 from dataclasses import dataclass
 
 number = 3
+largest = max
 
 def response_only(response): return len(response)
 def keyword_only(*, answer: str | None, num_tokens): return num_tokens if answer == "34" else 0
@@ -85,6 +86,7 @@ ASK = ", ".join(ARGUMENTS)
         ("Scale", "Scale is no plain function; name a function that returns a number"),
         ("later", "later is no plain function; name a function that returns a number"),
         ("asks_for_more", f"it asks for 'tokenizer'; name its parameters from {ASK}"),
+        ("largest", "largest does not tell its parameters; write a Python function that calls it"),
         ("positional", f"it asks for 'response'; name its parameters from {ASK}"),
     ],
 )
