@@ -1,6 +1,5 @@
 """Where prompts come from."""
 
-import math
 import re
 from dataclasses import field
 from pathlib import Path
@@ -24,10 +23,10 @@ def _require_name_and_weight(name: str | None, weight: float) -> None:
         way_out='give a short name, such as "gsm8k"',
     )
     require(
-        0 < weight < math.inf,
+        1e-9 <= weight <= 1e9,
         field="weight",
         value=weight,
-        rule="must be positive and finite: it is the source's share of the draws, relative to the others'",
+        rule="must lie in [1e-9, 1e9]: it is the source's share of the draws, relative to the others'",
         way_out="give a positive number, or leave the source out",
     )
 

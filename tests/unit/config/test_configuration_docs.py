@@ -43,7 +43,7 @@ def test_rows_hold_type_default_meaning_and_rules(tool: ModuleType) -> None:
         in (section(page, "`rollout`")["num_prompts_per_step"])
     )
     # A rule that sections share.
-    assert "*Must be positive and finite" in section(page, "`data.train`, type jsonl")["weight"]
+    assert "*Must lie in [1e-9, 1e9]" in section(page, "`data.train`, type jsonl")["weight"]
 
 
 def test_a_variant_has_its_own_defaults_and_rules(tool: ModuleType) -> None:

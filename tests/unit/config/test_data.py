@@ -53,10 +53,11 @@ def test_a_source_is_named_after_its_file(tmp_path: Path, path: str, name: str):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--train.0.weight", "0"], "train.0.weight = 0.0: must be positive and finite"),
-        (["--train.0.weight", "-1"], "train.0.weight = -1.0: must be positive and finite"),
-        (["--train.0.weight", ".inf"], "train.0.weight = inf: must be positive and finite"),
-        (["--train.2.weight", ".nan"], "train.2.weight = nan: must be positive and finite"),
+        (["--train.0.weight", "5e-324"], "train.0.weight = 5e-324: must lie in [1e-9, 1e9]"),
+        (["--train.0.weight", "0"], "train.0.weight = 0.0: must lie in [1e-9, 1e9]"),
+        (["--train.0.weight", "-1"], "train.0.weight = -1.0: must lie in [1e-9, 1e9]"),
+        (["--train.0.weight", ".inf"], "train.0.weight = inf: must lie in [1e-9, 1e9]"),
+        (["--train.2.weight", ".nan"], "train.2.weight = nan: must lie in [1e-9, 1e9]"),
         (["--train.1.name", "problems"], "train.1.name = problems: is also the name of train.0"),
         (["--train.2.name", "tables"], "train.2.name = tables: is also the name of train.1"),
         (["--train.0.name", "a/b"], "train.0.name = a/b: must be made of letters, digits, dots, hyphens and"),
