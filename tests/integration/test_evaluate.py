@@ -29,6 +29,7 @@ from megatron_fipo.metrics.evaluation_table import evaluation_table
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.json_files import append_lines
 from megatron_fipo.trainer.evaluation.command import evaluate
+from megatron_fipo.trainer.evaluation.directory import held_alone
 from megatron_fipo.trainer.evaluation.files import EvaluationFiles
 from tests.distributed_helpers import run_distributed
 from tests.integration.small_runs import (
@@ -162,6 +163,18 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_files(root: Path, who
     assert "problems, accuracy so far" not in again
     assert contents(config.output_dir) == contents(whole)
     assert again.splitlines()[-1].startswith("held_out   8          ")
+
+
+def test_two_processes_never_write_into_one_directory(root: Path, whole: Path) -> None:
+    path = root / "whole.yaml"
+    path.write_text(dump_config(small_evaluation(root, "whole")))
+    before = contents(whole)
+    with held_alone(whole):
+        code, out = run_command(root, "evaluate", path)
+    assert code == 2
+    assert f"output_dir = {whole}: another process is writing its evaluation into it; wait for that one" in out
+    assert contents(whole) == before
+    assert run_command(root, "evaluate", path)[0] == 0
 
 
 # Ranks, chunks, runs.

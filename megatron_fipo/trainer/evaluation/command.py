@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from megatron_fipo.config.evaluate import EvaluateConfig
 from megatron_fipo.metrics.evaluation_table import evaluation_table
@@ -10,6 +11,7 @@ from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.runtime.json_files import write_json
 from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.evaluation.build import Problems, build_generation, prepare_problems
+from megatron_fipo.trainer.evaluation.directory import held_alone
 from megatron_fipo.trainer.evaluation.files import EvaluationFiles
 from megatron_fipo.trainer.evaluation.problems import interval_seed, try_problems
 from megatron_fipo.trainer.evaluation.results import ProblemResult, evaluation_metrics
@@ -24,10 +26,17 @@ def evaluate(config: EvaluateConfig) -> None:
     Rank 0 writes `output_dir` and prints the table. A restart gives bitwise what an uninterrupted evaluation gives.
 
     Raises:
-        ConfigError: An input cannot be used, or `output_dir` holds another evaluation; raised on every rank.
+        ConfigError: An input cannot be used, `output_dir` holds another evaluation, or another process writes to it;
+            raised on every rank.
         RunError: A response could not be scored; raised on every rank.
     """
-    problems = on_main_rank(lambda: prepare_problems(config))
+    with ExitStack() as resources:
+        problems = on_main_rank(lambda: prepare_problems(config))
+        on_main_rank(lambda: resources.enter_context(held_alone(config.output_dir)))
+        _evaluate(config, problems)
+
+
+def _evaluate(config: EvaluateConfig, problems: Problems | None) -> None:
     files = None if problems is None else EvaluationFiles(config.output_dir)
     chunks = [] if problems is None else _chunks(problems.prompts, config)
     results = files.recover([len(chunk) for chunk in chunks]) if files else []

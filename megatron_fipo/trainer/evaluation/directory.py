@@ -1,8 +1,10 @@
 """The directory of `megatron-fipo evaluate`: which evaluation it is of, and how one that stopped goes on."""
 
 import dataclasses
+import fcntl
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,26 @@ def prepare_directory(config: EvaluateConfig, fingerprints: Mapping[str, str]) -
             raise _other_evaluation(
                 folder, field, f"content {digest[:12]}", f"had content {str(known.get(field))[:12]}"
             )
+
+
+@contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a prepared directory; the kernel lets it go with this process.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
+    with (folder / _INPUTS).open("r+b") as file:
+        # Some network file systems have no locks; there it is up to the user.
+        with suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                rule = "another process is writing its evaluation into it"
+                raise ConfigError(
+                    "output_dir", folder, rule, "wait for that one, or choose another directory"
+                ) from error
+        yield
 
 
 def _other_evaluation(folder: Path, field: str, value: object, rule: str) -> ConfigError:
