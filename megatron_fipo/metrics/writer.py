@@ -10,7 +10,7 @@ from typing import Any
 from megatron_fipo.config.metrics import MetricsConfig
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.metrics.sinks.base import MetricSink, require_library
-from megatron_fipo.metrics.sinks.prometheus import PrometheusSink
+from megatron_fipo.metrics.sinks.prometheus import PrometheusSink, check_port
 from megatron_fipo.metrics.sinks.tensorboard import TensorBoardSink
 from megatron_fipo.metrics.sinks.weights_and_biases import WandbSink
 from megatron_fipo.runtime.run_dir import RunDirectory
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_sinks(config: MetricsConfig) -> None:
-    """Refuse sinks whose library is missing.
+    """Refuse sinks that cannot work, before anything is built.
 
     Raises:
-        ConfigError: A library is not installed.
+        ConfigError: A library is not installed, or a port is taken.
     """
     if config.tensorboard:
         require_library("tensorboard", "tensorboard", "metrics.tensorboard", config.tensorboard)
@@ -30,6 +30,7 @@ def check_sinks(config: MetricsConfig) -> None:
         require_library("wandb", "wandb", "metrics.wandb.mode", config.wandb.mode)
     if config.prometheus_port is not None:
         require_library("prometheus_client", "prometheus-client", "metrics.prometheus_port", config.prometheus_port)
+        check_port(config.prometheus_port)
 
 
 def open_sinks(config: MetricsConfig, directory: Path, run_config: Mapping[str, Any]) -> list[MetricSink]:

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -50,12 +51,7 @@ class PrometheusSink:
         try:
             self._server = make_server("127.0.0.1", port, application, ThreadingWSGIServer, _SilentHandler)
         except OSError as error:
-            raise ConfigError(
-                field="metrics.prometheus_port",
-                value=port,
-                rule=f"must be a free port ({error.strerror})",
-                way_out="choose another, or 0 for any free one",
-            ) from error
+            raise _taken(port, error) from error
         self.url = f"http://127.0.0.1:{self._server.server_port}/metrics"
         # A file that is there already may be readable by others; the token goes into a new one.
         (directory / TOKEN_FILE).unlink(missing_ok=True)
@@ -90,6 +86,27 @@ class PrometheusSink:
                 )
             gauges[metric.name].add_metric([labels[word] for word in metric.labels], value)
         yield from gauges.values()
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that is taken now, before there is a run.
+
+    Raises:
+        ConfigError: It is.
+    """
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise _taken(port, error) from error
+
+
+def _taken(port: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        field="metrics.prometheus_port",
+        value=port,
+        rule=f"must be a free port ({os.strerror(error.errno or 0)})",
+        way_out="choose another, or 0 for any free one",
+    )
 
 
 def gauge_name(name: str) -> str:

@@ -157,6 +157,8 @@ def test_a_taken_port_is_named(prometheus: PrometheusSink, tmp_path: Path) -> No
     port = int(prometheus.url.split(":")[2].split("/")[0])
     with pytest.raises(ConfigError, match=rf"metrics.prometheus_port = {port}: must be a free port"):
         open_sinks(MetricsConfig(prometheus_port=port), other.path, {})
+    with pytest.raises(ConfigError, match=rf"metrics.prometheus_port = {port}: must be a free port"):
+        check_sinks(MetricsConfig(prometheus_port=port))
 
 
 def test_a_sink_that_cannot_open_closes_those_before_it(
