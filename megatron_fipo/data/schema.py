@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from megatron_fipo.config.data import FilePrompts
@@ -72,7 +73,7 @@ class Schema:
         if answer is None or answer != answer:
             raise UnusableRow("no_answer", f'no "{self.answer_field}"')
         if not isinstance(answer, str):
-            if isinstance(answer, bool) or not isinstance(answer, int | float):
+            if isinstance(answer, bool) or not isinstance(answer, int | float | Decimal):
                 raise UnusableRow("broken", f'"{self.answer_field}" is neither text nor a number')
             return str(answer)
         if not answer or answer.isspace():

@@ -58,6 +58,11 @@ _ROLLOUT = Section(
         Metric(name="rollout/epoch", description="Passes over the training prompts so far.", unit="epochs"),
         Metric(name="rollout/groups_generated", description="Groups generated in the step.", unit="groups"),
         Metric(
+            name="rollout/response_tokens_generated",
+            description="Response tokens of the samples generated in the step that have a reward.",
+            unit="tokens",
+        ),
+        Metric(
             name="rollout/groups_without_signal",
             description="Groups set aside because all their rewards are equal.",
             unit="groups",
@@ -380,7 +385,7 @@ _PERFORMANCE = Section(
         Metric(name="time/<phase>_s", description="Time of one phase of the step.", unit="s"),
         Metric(
             name="perf/rollout_response_tokens_per_s",
-            description="Response tokens of the batch over the time of generation and scoring.",
+            description="Generated response tokens over the time of generation and scoring.",
             unit="tokens/s",
         ),
         Metric(

@@ -79,13 +79,14 @@ class RolloutController:
             policy_version: The trainer's current version.
 
         Raises:
+            EndOfPrompts: They have been drawn `data.epochs` times.
             NoSignalError: Dynamic sampling found no group with differing rewards in all its rounds.
             RunError: Too many groups were too old or had no rewards, or see `generate_groups`.
         """
         assert self.stream is not None, "batches are made of training prompts"
         admission = Admission(self.config.num_prompts_per_step, self.drop_zero_variance, self.config.policy_lag)
         admission.carry_in(self.surplus, policy_version, self.config.carry_over_max_lag)
-        num_generated, rounds = 0, 0
+        num_generated, num_tokens, rounds = 0, 0, 0
         rewards: list[float] = []
         while admission.missing and rounds < self.config.max_generation_rounds:
             count = math.ceil(admission.missing * self.config.over_sampling)
@@ -93,12 +94,14 @@ class RolloutController:
             groups = await self.generate_groups(prompts, self.config.group_size, f"{step}.{rounds}", self.sampling)
             for group in groups:
                 rewards += [sample.reward for sample in group.samples]
+                num_tokens += sum(len(sample.response_token_ids) for sample in group.samples)
                 admission.offer(group, policy_version)
             num_generated += len(groups)
             rounds += 1
         counters: dict[str, float] = {
             "rollout/generation_rounds": rounds,
             "rollout/groups_generated": num_generated,
+            "rollout/response_tokens_generated": num_tokens,
             **admission.counters(),
             **self.scoring.counters(),
             "rollout/groups_filled_up": self._fill_up(step, admission, num_generated),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megatron_fipo.config.base import ConfigError
+from megatron_fipo.data.stream import EndOfPrompts
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.rewards.base import RewardError
 from megatron_fipo.rollout.batch import RecordedBatchError
@@ -13,7 +14,7 @@ from megatron_fipo.runtime.errors import NonFiniteError, RunError
 
 _KNOWN: dict[str, type[ConfigError] | type[RunError]] = {
     kind.__name__: kind
-    for kind in (ConfigError, RunError, NonFiniteError, NoSignalError, RecordedBatchError, RewardError)
+    for kind in (ConfigError, RunError, EndOfPrompts, NonFiniteError, NoSignalError, RecordedBatchError, RewardError)
 }
 
 

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from megatron_fipo.actor.micro_batch import MicroBatch
 from megatron_fipo.actor.shard import packing_rules, shard_micro_batches
 from megatron_fipo.actor.train_step import UpdateResult
+from megatron_fipo.data.stream import EndOfPrompts
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import compute_device
 from megatron_fipo.rollout.batch import batch_path, build_train_batch, load_recorded, save_batch
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.runtime.errors import NonFiniteError
 from megatron_fipo.trainer.agreement import on_main_rank
-from megatron_fipo.trainer.evaluation.in_run import evaluate_when_due
+from megatron_fipo.trainer.evaluation.in_run import evaluate, evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done
-from megatron_fipo.trainer.reporting import report_start, report_step
+from megatron_fipo.trainer.reporting import report_evaluation, report_step
 from megatron_fipo.trainer.state import Run
 from megatron_fipo.trainer.token_report import choose_recorded, write_token_records
 from megatron_fipo.types import TrainBatch
@@ -32,10 +33,14 @@ def train(run: Run) -> None:
     with run.resources:
         run.progress.begin_run(run.config.output_dir, run.config.num_steps)
         sync_weights(run)
-        report_start(run, evaluate_when_due(run, step=0))
+        report_evaluation(run, 0, evaluate_when_due(run, step=0))
         for step in range(1, run.config.num_steps + 1):
             run.progress.begin_step(step)
-            rollout = collect_rollout(run, step)
+            try:
+                rollout = collect_rollout(run, step)
+            except EndOfPrompts as reason:
+                end_early(run, step, reason)
+                break
             batch = assemble_batch(run, step, rollout)
             micro_batches = distribute_batch(run, batch)
             compute_old_log_probs(run, micro_batches)
@@ -47,12 +52,26 @@ def train(run: Run) -> None:
         export_when_done(run)
 
 
+def end_early(run: Run, step: int, reason: EndOfPrompts) -> None:
+    """Evaluate in place of a step for which there are no prompts; the export follows, as after the last step.
+
+    Raises:
+        EndOfPrompts: It is the first step, so there is nothing to keep.
+    """
+    if step == 1:
+        raise reason
+    if run.is_main:
+        logger.warning("step %d: %s; the run ends here", step, reason)
+    report_evaluation(run, step, evaluate(run, step))
+
+
 def collect_rollout(run: Run, step: int) -> Rollout | None:
     """Prompts → requests → responses → rewards → filter: a full batch of groups on rank 0, None elsewhere.
 
     In train-only runs there is nothing to collect.
 
     Raises:
+        EndOfPrompts: They have been drawn `data.epochs` times.
         RunError: There is nothing to learn from, or a response could not be scored.
     """
     if run.rollout is None:

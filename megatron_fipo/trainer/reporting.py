@@ -21,14 +21,14 @@ from megatron_fipo.types import Accumulator, Metrics, RolloutGroup, TrainBatch, 
 logger = logging.getLogger(__name__)
 
 
-def report_start(run: Run, evaluation: Mapping[str, float]) -> None:
-    """Write the line of step 0: the evaluation before training."""
+def report_evaluation(run: Run, step: int, evaluation: Mapping[str, float]) -> None:
+    """Write the line of a step without updates: step 0, or the one that found no prompts."""
     times = run.timer.drain()
     if run.metrics_writer is not None:
-        metrics = {"step": 0, **evaluation, **times}
+        metrics = {"step": step, "policy_version": run.policy_version, **evaluation, **times}
         run.metrics_writer.write(metrics)
-        run.progress.end_step(0, metrics)
-        _log_evaluation(run, 0, evaluation)
+        run.progress.end_step(step, metrics)
+        _log_evaluation(run, step, evaluation)
 
 
 def report_step(
@@ -53,7 +53,7 @@ def report_step(
         metrics |= {"train/updates": batch.num_mini_batches, "train/updates_skipped": batch.num_mini_batches}
     metrics |= evaluation
     metrics |= times
-    metrics |= _throughput(batch, times) | memory
+    metrics |= _throughput(batch, rollout, times) | memory
     run.metrics_writer.write(metrics)
     run.progress.end_step(step, metrics)
     _log_step(run, metrics)
@@ -98,15 +98,18 @@ def _memory() -> dict[str, float]:
     return render_metrics(reduce_metrics(parts))
 
 
-def _throughput(batch: TrainBatch, times: Mapping[str, float]) -> dict[str, float]:
+def _throughput(batch: TrainBatch, rollout: Rollout | None, times: Mapping[str, float]) -> dict[str, float]:
     tokens = float(batch.sequence_lengths.sum())
+    generated = 0.0 if rollout is None else rollout.metrics["rollout/response_tokens_generated"]
     counts = {
-        ("rollout", "perf/rollout_response_tokens_per_s"): float(batch.response_mask.sum()),
+        ("rollout", "perf/rollout_response_tokens_per_s"): generated,
         ("old_log_probs", "perf/old_log_probs_tokens_per_s"): tokens,
         ("update", "perf/update_tokens_per_s"): tokens,
     }
     return {
-        key: count / times[f"time/{phase}_s"] for (phase, key), count in counts.items() if times.get(f"time/{phase}_s")
+        key: count / times[f"time/{phase}_s"]
+        for (phase, key), count in counts.items()
+        if count and times.get(f"time/{phase}_s")
     }
 
 

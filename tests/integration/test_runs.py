@@ -234,6 +234,13 @@ def early_ends(root: Path, parallel_runs: dict[str, RunConfig]) -> dict[str, Any
     hopeless = prompts(root, train="hopeless")
     configs = [
         small_run(root, "no_signal", data=hopeless),
+        small_run(
+            root,
+            "out_of_prompts",
+            data=replace(prompts(root, held_out="held_out"), epochs=1),
+            num_steps=5,
+            rollout={"over_sampling": 2.0},
+        ),
         small_run(root, "not_finite", **replay, model={"path": poisoned}),
         small_run(root, "not_finite_rollout", model={"path": broken_model(root)}),
         small_run(root, "damaged_later", **replay | {"recorded_rollouts": damaged}, num_steps=2),
@@ -260,6 +267,20 @@ def test_no_signal_ends_the_run_on_every_rank(root: Path, early_ends: dict[str, 
     assert kind == "NoSignalError"
     assert text.startswith("step 1: rollout.max_generation_rounds = 3: none of 12 groups had differing rewards (mean ")
     assert not (root / "no_signal" / "export").exists()
+
+
+def test_a_run_without_further_prompts_keeps_what_it_has_learnt(root: Path, early_ends: dict[str, Any]) -> None:
+    assert early_ends["out_of_prompts"].error == ()
+    (said,) = (text for text in early_ends["out_of_prompts"].log if "data.epochs" in text)
+    lines = read_lines(root / "out_of_prompts" / "metrics.jsonl")
+    assert said.startswith(f"step {len(lines) - 1}: data.epochs = 1: ")
+    assert said.endswith("; the run ends here")
+    assert 2 <= len(lines) - 1 < 5
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    assert lines[-1]["policy_version"] == len(lines) - 2
+    assert "eval/accuracy" in lines[-1]
+    assert "train/loss" not in lines[-1]
+    assert (root / "out_of_prompts" / "export" / "config.json").exists()
 
 
 def test_weights_that_are_not_finite_end_the_run_with_the_place(root: Path, early_ends: dict[str, Any]) -> None:

@@ -15,18 +15,27 @@ from megatron_fipo.trainer.state import Run
 def evaluate_when_due(run: Run, step: int) -> dict[str, float]:
     """Evaluate before the first step, after the last, and every `evaluation.every_steps`.
 
+    Returns:
+        See `evaluate`; nothing when none is due.
+    """
+    every = run.config.evaluation.every_steps
+    due = step in (0, run.config.num_steps) or (every > 0 and step % every == 0)
+    return evaluate(run, step) if due else {}
+
+
+def evaluate(run: Run, step: int) -> dict[str, float]:
+    """Evaluate, if there is anything to evaluate with.
+
     Collective over all ranks. Rank 0 also writes `evaluations/step_N/` in the run directory.
 
     Returns:
-        Metrics on rank 0, see `evaluation_metrics`; nothing elsewhere or when none is due.
+        Metrics on rank 0, see `evaluation_metrics`; nothing elsewhere.
 
     Raises:
         RunError: A response could not be scored.
     """
-    every = run.config.evaluation.every_steps
-    due = step in (0, run.config.num_steps) or (every > 0 and step % every == 0)
     data = run.config.data
-    if not due or run.rollout is None or data is None or not data.has_evaluation or run.config.mode != "train":
+    if run.rollout is None or data is None or not data.has_evaluation or run.config.mode != "train":
         return {}
     with run.timer.phase("evaluation"):
         return run.rollout.generate(lambda controller: _evaluate(run, controller, step)) or {}

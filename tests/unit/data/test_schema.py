@@ -1,5 +1,6 @@
 """Which columns hold prompt and answer, and how the reference is taken out of an answer."""
 
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,10 @@ def test_gsm8k_without_a_reference():
     reason, detail = refusal(GSM8K, {"question": "q", "answer": "just text"})
     assert (reason, detail) == ("no_answer", "answer_pattern finds nothing in \"answer\": 'just text'")
     assert refusal(GSM8K, {"question": "q", "answer": "####  "})[0] == "no_answer"
+
+
+def test_a_decimal_column_is_read_as_it_is_written():
+    assert SIMPLE.find({"prompt": "p", "answer": Decimal("1.50")}) == ("p", "1.50")
 
 
 def test_a_number_that_is_none_is_no_answer():

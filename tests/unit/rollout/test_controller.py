@@ -234,6 +234,7 @@ def test_dynamic_sampling_replaces_groups_by_fresh_prompts() -> None:
         "rollout/reward_bad_references": 0,
         "rollout/generation_rounds": 3,
         "rollout/groups_generated": 7,
+        "rollout/response_tokens_generated": result.metrics["rollout/response_tokens_generated"],
         "rollout/groups_without_signal": 3,
         "rollout/groups_all_right": 0,
         "rollout/groups_filled_up": 0,
@@ -261,6 +262,8 @@ def test_over_sampling_spares_rounds_and_leaves_a_surplus() -> None:
     assert ids(result.groups) == ["p0", "p2", "p5", "p6"]
     assert result.metrics["rollout/generation_rounds"] == 1
     assert result.metrics["rollout/groups_generated"] == 8
+    # Eight groups of four responses, of two or three tokens each.
+    assert 64 < result.metrics["rollout/response_tokens_generated"] < 96
     assert result.metrics["rollout/groups_surplus"] == 1
 
 
@@ -297,6 +300,7 @@ def test_a_surplus_that_fills_the_batch_needs_no_generation() -> None:
     assert ids(second.groups) == ["p4", "p5", "p6", "p7"]
     assert second.metrics["rollout/generation_rounds"] == 0
     assert "rollout/reward_mean_all" not in second.metrics
+    assert second.metrics["rollout/response_tokens_generated"] == 0
     assert ids(controller.surplus) == ["p8", "p9", "p10", "p11"]
 
 
