@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_fipo.config.reward import (
     DapoMathTerm,
@@ -28,13 +28,7 @@ FailureKind = Literal["reference", "raised", "not_finite", "ended"]
 died)."""
 
 _CONFIGS: dict[str, type[RewardTerm]] = {
-    "math": MathTerm,
-    "dapo_math": DapoMathTerm,
-    "exact_match": ExactMatchTerm,
-    "numeric": NumericTerm,
-    "reasoning_gym": ReasoningGymTerm,
-    "python": PythonTerm,
-    "overlong": OverlongTerm,
+    kind.__dataclass_fields__["type"].default: kind for kind in get_args(RewardTerm)
 }
 _REMEMBERED_REFERENCES = 1_000
 
