@@ -23,7 +23,7 @@ from megatron_fipo.rollout.engine import SamplingParameters
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.evaluation.directory import prepare_directory
-from megatron_fipo.trainer.evaluation.problems import evaluation_sampling, select_prompts
+from megatron_fipo.trainer.evaluation.problems import select_prompts
 from megatron_fipo.trainer.generation_inputs import check_positions, training_sampling
 from megatron_fipo.trainer.rollout_side import RolloutSide
 from megatron_fipo.types import Prompt
@@ -36,7 +36,7 @@ class Problems:
 
     Attributes:
         prompts: The problems.
-        sampling: How their responses are drawn.
+        sampling: How tokens are drawn in training; the evaluation's own settings are put over it where it draws.
         decode: Token ids to text.
         fingerprints: Digest of each input's content, by the field that names the input.
     """
@@ -64,10 +64,9 @@ def prepare_problems(config: EvaluateConfig) -> Problems:
     prompts = select_prompts(usable, config.evaluation.num_prompts)
     fingerprints = {"model.path": fingerprint_folder(folder), "data.evaluation": _fingerprint(prompts)}
     prepare_directory(config, fingerprints)
-    training = training_sampling(config.rollout, folder, tokenizer)
     return Problems(
         prompts=prompts,
-        sampling=evaluation_sampling(training, config.evaluation),
+        sampling=training_sampling(config.rollout, folder, tokenizer),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         fingerprints=fingerprints,
     )

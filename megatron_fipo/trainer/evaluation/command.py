@@ -13,7 +13,7 @@ from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.evaluation.build import Problems, build_generation, prepare_problems
 from megatron_fipo.trainer.evaluation.directory import held_alone
 from megatron_fipo.trainer.evaluation.files import EvaluationFiles
-from megatron_fipo.trainer.evaluation.problems import interval_seed, try_problems
+from megatron_fipo.trainer.evaluation.problems import evaluation_sampling, interval_seed, try_problems
 from megatron_fipo.trainer.evaluation.results import ProblemResult, evaluation_metrics
 from megatron_fipo.types import Prompt
 
@@ -87,14 +87,15 @@ def _report(config: EvaluateConfig, problems: Problems, results: Sequence[Proble
     metrics = evaluation_metrics(results, config.evaluation, interval_seed(config.seed))
     if metrics["eval/num_unscored"]:
         logger.warning("%d responses could not be scored; they count as wrong", metrics["eval/num_unscored"])
+    sampling = evaluation_sampling(problems.sampling, config.evaluation)
     summary = {
         "model": str(config.model.path),
         "fingerprints": dict(problems.fingerprints),
         "seed": config.seed,
         "samples_per_problem": config.evaluation.samples_per_problem,
-        "temperature": problems.sampling.temperature,
-        "top_p": problems.sampling.top_p,
-        "max_response_tokens": problems.sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_response_tokens": sampling.max_tokens,
         "confidence": config.evaluation.confidence,
         "metrics": metrics,
     }
