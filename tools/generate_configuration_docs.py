@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fipo.config.base import ABSENT, ConfigError
 from megatron_fipo.config.description import FieldDescription, SectionDescription, describe
 from megatron_fipo.config.evaluate import EvaluateConfig
 from megatron_fipo.config.run import RunConfig
@@ -107,7 +108,8 @@ def _rules_of(section: SectionDescription) -> Iterator[Rule]:
             if inspect.isfunction(function) and function.__module__ == base.__module__:
                 tree.body += ast.parse(inspect.getsource(function)).body
         for field, text in _checks(tree, {}):
-            yield Rule(section, f"{section.path}.{field}".lstrip("."), text)
+            keys = section.path.split(".") if section.path else []
+            yield Rule(section, ConfigError(field, ABSENT, text, "").within(keys).field, text)
 
 
 def _checks(node: ast.AST, names: dict[str, list[str]]) -> Iterator[tuple[str, str]]:

@@ -69,10 +69,4 @@ class EvaluateConfig:
             way_out="1024 is a good value",
         )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
-        require(
-            self.model.context_length is None or longest <= self.model.context_length,
-            field="model.context_length",
-            value=self.model.context_length,
-            rule=f"must hold the longest sequence of {longest} tokens",
-            way_out=f"raise it to at least {longest}, or shorten prompts or responses",
-        )
+        self.model.check_context_length(longest)

@@ -51,3 +51,20 @@ class ModelConfig:
             rule="must be at least 1",
             way_out="1024 is a good value",
         )
+
+    def check_context_length(self, longest: int) -> None:
+        """Refuse a context length that is set below the longest sequence.
+
+        Args:
+            longest: Longest prompt and longest response together, in tokens.
+
+        Raises:
+            ConfigError: It does not fit.
+        """
+        require(
+            self.context_length is None or longest <= self.context_length,
+            field="model.context_length",
+            value=self.context_length,
+            rule=f"must hold the longest sequence of {longest} tokens",
+            way_out=f"raise it to at least {longest}, or shorten prompts or responses",
+        )

@@ -136,10 +136,4 @@ class RunConfig:
             ),
             way_out=f"raise it to at least {padded}, or shorten prompts or responses",
         )
-        require(
-            self.model.context_length is None or longest <= self.model.context_length,
-            field="model.context_length",
-            value=self.model.context_length,
-            rule=f"must hold the longest sequence of {longest} tokens",
-            way_out=f"raise it to at least {longest}, or shorten prompts or responses",
-        )
+        self.model.check_context_length(longest)
