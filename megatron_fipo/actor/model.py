@@ -150,6 +150,12 @@ def _check_divisibility(provider: Any, parallelism: ParallelismConfig) -> None:
             "the model's experts",
             experts,
         ),
+        (
+            "expert_tensor_parallel_size",
+            parallelism.expert_tensor_parallel_size,
+            "the hidden size of the model's experts",
+            provider.moe_ffn_hidden_size if provider.num_moe_experts else 1,
+        ),
     )
     for field, size, what, count in checks:
         if count % size:
@@ -160,6 +166,14 @@ def _check_divisibility(provider: Any, parallelism: ParallelismConfig) -> None:
                 + (" (pipeline × virtual stages)" if stages != pp and size == stages else ""),
                 way_out=f"choose a divisor of {count}",
             )
+    if provider.num_moe_experts and tp > 1 and not parallelism.sequence_parallel:
+        raise ConfigError(
+            field="parallelism.sequence_parallel",
+            value=parallelism.sequence_parallel,
+            rule=f"must be true for a mixture of experts with tensor_model_parallel_size = {tp}: megatron-core refuses "
+            "to train it otherwise",
+            way_out="set it to true",
+        )
 
 
 def _apply_overrides(provider: Any, overrides: dict[str, Any]) -> None:

@@ -192,7 +192,7 @@ def _patch_tensor_methods() -> None:
 
 
 def _patch_megatron() -> None:
-    """Random state and expert split sizes, handled upstream for CUDA tensors only; Adam; packed rotary embedding."""
+    """Random state and expert split sizes, handled upstream for CUDA tensors only; Adam; rotary embedding; gloo."""
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -206,7 +206,8 @@ def _patch_megatron() -> None:
     for module in (moe_utils, token_dispatcher):
         module.maybe_move_tensor_to_cpu = split_sizes_on_host
 
-    from megatron_fipo.platform import cpu_adam, packed_rotary
+    from megatron_fipo.platform import cpu_adam, packed_rotary, uneven_splits
 
     cpu_adam.install()
     packed_rotary.install()
+    uneven_splits.install()

@@ -51,6 +51,14 @@ REFUSED: dict[int, dict[str, Refused]] = {
     2: {
         "parallelism.expert_model_parallel_size = 2: must divide the model's experts: 1 / 2 is not a whole number; "
         "choose a divisor of 1": ("qwen2", {"expert_model_parallel_size": 2}, {}),
+        "parallelism.expert_tensor_parallel_size = 2: must divide the hidden size of the model's experts: 1 / 2 is not "
+        "a whole number; choose a divisor of 1": ("qwen2", {"expert_tensor_parallel_size": 2}, {}),
+        "parallelism.sequence_parallel = False: must be true for a mixture of experts with "
+        "tensor_model_parallel_size = 2: megatron-core refuses to train it otherwise; set it to true": (
+            "qwen3_moe",
+            {"tensor_model_parallel_size": 2},
+            {},
+        ),
         "parallelism.pipeline_model_parallel_size = 2: must divide the model's layers: 4 / 6 is not a whole number "
         "(pipeline × virtual stages); choose a divisor of 4": (
             "qwen2",
