@@ -1,7 +1,9 @@
 """Log-probabilities from hidden states under every vocabulary split, against torch in float64."""
 
+import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ from tests.distributed_helpers import run_distributed
 
 pytestmark = pytest.mark.distributed
 
-HIDDEN = 16
-
 
 @dataclass(frozen=True)
 class Case:
     num_tokens: int = 37
     vocab_size: int = 301
+    hidden_size: int = 16
+    # Every rank has a multiple of so many rows, filled up with padding.
+    row_multiple: int = 1
     dtype: torch.dtype = torch.float32
     temperature: float = 1.0
     chunk_tokens: int = 1024
@@ -68,17 +71,17 @@ def make_inputs(case: Case) -> Inputs:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     return Inputs(
-        hidden=draw(case.num_tokens, HIDDEN).to(case.dtype),
-        weight=draw(case.vocab_size, HIDDEN).to(case.dtype),
+        hidden=draw(case.num_tokens, case.hidden_size).to(case.dtype),
+        weight=draw(case.vocab_size, case.hidden_size).to(case.dtype),
         targets=torch.randint(case.vocab_size, (case.num_tokens,), generator=generator),
         upstream=draw(case.num_tokens),
     )
 
 
-def shard_of(weight: Tensor) -> tuple[Tensor, VocabularyShard]:
+def shard_of(weight: Tensor, row_multiple: int = 1) -> tuple[Tensor, VocabularyShard]:
     """This rank's rows of the output matrix; padding rows hold large numbers, which must not matter."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    rows = math.ceil(len(weight) / size)
+    rows = math.ceil(len(weight) / (size * row_multiple)) * row_multiple
     padded = torch.full((rows * size, weight.shape[1]), 100.0, dtype=weight.dtype)
     padded[: len(weight)] = weight
     shard = VocabularyShard(start=rank * rows, vocab_size=len(weight), group=dist.group.WORLD)
@@ -111,44 +114,87 @@ def run_case(case: Case) -> dict[str, Tensor]:
     }
 
 
-def slopes_by_finite_differences() -> list[tuple[float, float]]:
-    """(analytic, measured) slope of Σ upstream · log-probability for entries of every shard and of the hidden states.
+SLOPE_CASES = {
+    "every row real": Case(num_tokens=7, vocab_size=12, hidden_size=2, temperature=0.7),
+    "padding behind the last real row": Case(
+        num_tokens=7, vocab_size=5, hidden_size=2, row_multiple=2, temperature=1.7
+    ),
+    "all real rows on the first rank": Case(num_tokens=7, vocab_size=5, hidden_size=2, row_multiple=6, temperature=0.7),
+}
+SLOPE_OPTIONS = [
+    {"chunk_tokens": chunk, "recompute_logits": recompute} for chunk in (2, 1024) for recompute in (False, True)
+]
+# Of the largest slope.
+SLOPE_TOLERANCE = 1e-10
 
-    Of every shard: its first row, a row that is a target, and padding on the last one.
+
+@dataclass(frozen=True)
+class Slopes:
+    """Derivatives of every token's log-probability by every entry of the hidden states and of all ranks' rows.
+
+    Attributes:
+        hidden, weight: [n, n, h] and [n, W · rows, h] by finite differences.
+        analytic_hidden: For each of SLOPE_OPTIONS, [n, n, h], this rank's part of a sum.
+        analytic_weight: For each of SLOPE_OPTIONS, [n, rows, h], this rank's rows.
     """
-    case = Case(num_tokens=9, vocab_size=11, dtype=torch.float64, temperature=0.7, chunk_tokens=4)
-    inputs = make_inputs(case)
-    weight, shard = shard_of(inputs.weight)
 
-    def value(hidden: Tensor, rows: Tensor) -> Tensor:
-        log_probs, _ = linear_log_probs(
-            hidden, rows, inputs.targets, shard, temperature=case.temperature, chunk_tokens=case.chunk_tokens
-        )
-        return (log_probs * inputs.upstream).sum()
-
-    leaves = inputs.hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    grad_hidden, grad_weight = torch.autograd.grad(value(*leaves), leaves)
-    dist.all_reduce(grad_hidden)
-    step, slopes = 1e-6, []
-    for holder in range(dist.get_world_size()):
-        for row in range(len(weight)):
-            nudge = torch.zeros_like(weight)
-            nudge[row, 3] = step if dist.get_rank() == holder else 0.0
-            measured = (value(inputs.hidden, weight + nudge) - value(inputs.hidden, weight - nudge)) / (2 * step)
-            if dist.get_rank() == holder:
-                slopes.append((float(grad_weight[row, 3]), float(measured)))
-    for token in range(case.num_tokens):
-        nudge = torch.zeros_like(inputs.hidden)
-        nudge[token, 5] = step
-        measured = (value(inputs.hidden + nudge, weight) - value(inputs.hidden - nudge, weight)) / (2 * step)
-        slopes.append((float(grad_hidden[token, 5]), float(measured)))
-    return slopes
+    hidden: Tensor
+    weight: Tensor
+    analytic_hidden: list[Tensor]
+    analytic_weight: list[Tensor]
 
 
-def run_all() -> tuple[dict[str, dict[str, Tensor]], list[tuple[float, float]]]:
+def finite_difference(function: Callable[[float], Tensor], step: float = 2e-3) -> Tensor:
+    """Slope at 0 of a function of one number by central differences over one and two steps, to fourth order."""
+    near, far = function(step) - function(-step), function(2 * step) - function(-2 * step)
+    return (8 * near - far) / (12 * step)
+
+
+def slopes(case: Case) -> Slopes:
+    inputs = make_inputs(replace(case, dtype=torch.float64))
+    weight, shard = shard_of(inputs.weight, case.row_multiple)
+    num_tokens, hidden_size = inputs.hidden.shape
+
+    def log_probs(hidden: Tensor, rows: Tensor, **options: Any) -> Tensor:
+        targets = inputs.targets.repeat(len(hidden) // num_tokens)
+        return linear_log_probs(hidden, rows, targets, shard, temperature=case.temperature, **options)[0]
+
+    def by_hidden(amount: float) -> Tensor:
+        """All tokens' log-probabilities, with one entry of the hidden states moved at a time: [n, n · h]."""
+        moves = amount * torch.eye(inputs.hidden.numel(), dtype=torch.float64).view(-1, num_tokens, hidden_size)
+        return log_probs((inputs.hidden + moves).view(-1, hidden_size), weight).view(-1, num_tokens).t()
+
+    def by_weight(amount: float) -> Tensor:
+        """The same with one entry of one rank's rows: [n, W · rows · h]."""
+        columns = []
+        for rank in range(dist.get_world_size()):
+            for entry in range(weight.numel()):
+                rows = weight.clone()
+                rows.view(-1)[entry] += amount if rank == dist.get_rank() else 0.0
+                columns.append(log_probs(inputs.hidden, rows))
+        return torch.stack(columns, dim=1)
+
+    analytic: list[list[Tensor]] = [[], []]
+    for options in SLOPE_OPTIONS:
+        leaves = inputs.hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        gradients = [
+            torch.autograd.grad(log_probs(*leaves, **options)[token], leaves) for token in range(case.num_tokens)
+        ]
+        for kept, parts in zip(analytic, zip(*gradients, strict=True), strict=True):
+            kept.append(torch.stack(parts))
+    return Slopes(
+        hidden=finite_difference(by_hidden).unflatten(1, (-1, hidden_size)),
+        weight=finite_difference(by_weight).unflatten(1, (-1, hidden_size)),
+        analytic_hidden=analytic[0],
+        analytic_weight=analytic[1],
+    )
+
+
+def run_all() -> tuple[dict[str, dict[str, Tensor]], dict[str, Slopes]]:
     # Memory that was never written reads as NaN.
     torch.use_deterministic_algorithms(True)
-    return {name: run_case(case) for name, case in CASES.items()}, slopes_by_finite_differences()
+    cases = {name: run_case(case) for name, case in CASES.items()}
+    return cases, {name: slopes(case) for name, case in SLOPE_CASES.items()}
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids="TP {}".format)
@@ -213,11 +259,36 @@ def test_computing_logits_again_changes_nothing(ranks, kept, again):
             assert torch.equal(rank[0][again][key], value), key
 
 
-def test_slopes_equal_finite_differences(ranks):
-    for _, slopes in ranks:
-        assert any(analytic == 0.0 for analytic, _ in slopes) == (len(ranks) > 1 and slopes is ranks[-1][1])
-        for analytic, measured in slopes:
-            assert analytic == pytest.approx(measured, rel=1e-6, abs=1e-8)
+@pytest.mark.parametrize("name", SLOPE_CASES)
+def test_every_slope_equals_a_finite_difference(ranks, name):
+    """For every entry of every rank's rows, padding included, whether a token's target lies there or elsewhere."""
+    case, parts = SLOPE_CASES[name], [rank[1][name] for rank in ranks]
+    measured = parts[0]
+    real = measured.weight[:, : case.vocab_size]
+    assert not measured.weight[:, case.vocab_size :].any()
+    felt = real.abs().amax(dim=2) / real.abs().max()
+    assert felt.min() > 100 * SLOPE_TOLERANCE, "every token feels every row, on whichever rank"
+    for number, options in enumerate(SLOPE_OPTIONS):
+        by_hidden = torch.stack([part.analytic_hidden[number] for part in parts]).sum(0)
+        by_weight = torch.cat([part.analytic_weight[number] for part in parts], dim=1)
+        for analytic, slope in ((by_hidden, measured.hidden), (by_weight, measured.weight)):
+            assert analytic.dtype == torch.float64
+            error = (analytic - slope).abs().max() / slope.abs().max()
+            assert error <= SLOPE_TOLERANCE, (options, float(error))
+
+
+def test_the_slopes_reach_every_kind_of_shard():
+    """Over the tensor-parallel sizes: shards with a token's target and without, partly padding, and padding alone."""
+    kinds = set()
+    for size, case in itertools.product((1, 2, 4), SLOPE_CASES.values()):
+        rows = math.ceil(case.vocab_size / (size * case.row_multiple)) * case.row_multiple
+        for start in range(0, rows * size, rows):
+            targets = make_inputs(case).targets
+            here = (targets >= start) & (targets < start + rows)
+            num_real = min(max(case.vocab_size - start, 0), rows)
+            kinds.add((bool(here.any()), bool((~here).any()), 0 if num_real == 0 else 1 if num_real < rows else 2))
+    some, all_of_them = (True, True), (True, False)
+    assert {(*some, 2), (*some, 1), (False, True, 0), (*all_of_them, 1), (*all_of_them, 2)} <= kinds
 
 
 @dataclass(frozen=True)
@@ -278,7 +349,7 @@ def test_memory_beyond_one_copy_of_the_logits(tmp_path):
     measured = run_distributed(measure_memory, 1, tmp_path, kept + again)[0]
     for case, memory in zip(kept + again, measured, strict=True):
         one_copy = case.num_tokens * case.vocab_size * case.dtype.itemsize
-        gradients = (case.num_tokens + case.vocab_size) * HIDDEN * case.dtype.itemsize
+        gradients = (case.num_tokens + case.vocab_size) * case.hidden_size * case.dtype.itemsize
         forward, backward = memory.forward_peak / one_copy, (memory.backward_peak - gradients) / one_copy
         without_gradient = memory.without_gradient_peak / one_copy
         print(f"{case}: forward {forward:.3f}, backward {backward:.3f}, without gradient {without_gradient:.3f} copies")
