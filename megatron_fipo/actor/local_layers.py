@@ -81,6 +81,7 @@ class LocalPackedSeqParams(PackedSeqParams):
 @lru_cache(maxsize=256)
 def attention_plan(layout: PackLayout) -> AttentionPlan:
     """Group a pack's sequences for attention; depends on the lengths alone."""
+    layout.require_equal_chunks()
     gathered_row = torch.empty(layout.num_tokens, dtype=torch.int64)
     everyone = torch.cat([layout.on_rank(rank).local_indices for rank in range(layout.cp_size)])
     gathered_row[everyone] = torch.arange(layout.num_tokens)

@@ -44,8 +44,10 @@ class Pack:
     padded_lengths: tuple[int, ...]
 
     def layout(self, cp_size: int, cp_rank: int) -> PackLayout:
-        """Where this pack's tokens lie on a rank."""
-        return PackLayout(self.padded_lengths, cp_size, cp_rank)
+        """Where this pack's tokens lie on a rank; lengths that attention cannot work on are refused."""
+        layout = PackLayout(self.padded_lengths, cp_size, cp_rank)
+        layout.require_equal_chunks()
+        return layout
 
 
 # packs[mini_batch][dp_rank] lists that rank's micro-batches; all ranks have the same number.

@@ -1,4 +1,4 @@
-"""Every (rank, size) of the zigzag layout in one process."""
+"""Every (rank, size, scheme) in one process."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_fipo.parallel.layout import PackLayout, sequence_multiple, zigzag_chunk_numbers
+from tests.layouts import layouts
 
 
 def test_without_context_parallelism_nothing_moves():
@@ -64,6 +65,33 @@ def test_every_rank_holds_its_zigzag_chunks(lengths, cp_size, ranks):
             assert (actual.tolist() if torch.is_tensor(actual) else actual) == value, (rank, name)
 
 
+# Sequences of 3, 5 and 2 tokens, from 0, 3 and 8: no multiples of 4, one shorter than 2 · cp_size.
+RAGGED = {
+    ("zigzag", 0): {"local_chunk_lengths": (0, 1, 1, 2, 0, 1), "local_indices": [2, 3, 6, 7, 9]},
+    ("zigzag", 1): {"local_chunk_lengths": (1, 1, 1, 1, 1, 0), "local_indices": [0, 1, 4, 5, 8]},
+    ("contiguous", 0): {"local_chunk_lengths": (3, 2, 0), "local_indices": [0, 1, 2, 3, 4]},
+    ("contiguous", 1): {"local_chunk_lengths": (0, 3, 2), "local_indices": [5, 6, 7, 8, 9]},
+}
+
+
+@pytest.mark.parametrize("scheme", ["zigzag", "contiguous"])
+def test_ragged_lengths_are_cut_as_evenly_as_they_allow(scheme):
+    for rank in (0, 1):
+        layout = PackLayout((3, 5, 2), 2, rank, scheme)
+        expected = RAGGED[scheme, rank]
+        assert layout.local_chunk_lengths == expected["local_chunk_lengths"]
+        assert layout.local_indices.tolist() == expected["local_indices"]
+
+
+def test_contiguous_pieces_ignore_the_borders_of_sequences():
+    pieces = [PackLayout((1, 10, 0, 2), 4, rank, "contiguous") for rank in range(4)]
+    assert [piece.local_chunk_numbers for piece in pieces] == [(0,), (1,), (2,), (3,)]
+    assert [piece.local_chunk_lengths for piece in pieces] == [(1, 2, 0, 0), (0, 3, 0, 0), (0, 3, 0, 0), (0, 2, 0, 2)]
+    assert torch.cat([piece.local_indices for piece in pieces]).tolist() == list(range(13))
+    assert pieces[3].local_sequence_ids.tolist() == [1, 1, 3, 3]
+    assert pieces[3].local_positions.tolist() == [8, 9, 0, 1]
+
+
 def test_starts_are_int32_and_indices_int64():
     layout = PackLayout((8, 4), 2, 1)
     assert layout.cu_seqlens.dtype == layout.local_cu_chunks.dtype == torch.int32
@@ -79,32 +107,68 @@ def test_shard_and_unshard_by_hand():
     assert PackLayout((8, 4), 2).unshard(shards).tolist() == pack.tolist()
 
 
-@st.composite
-def packs(draw):
-    cp_size = draw(st.integers(1, 6))
-    multiple = sequence_multiple(cp_size)
-    lengths = draw(st.lists(st.integers(1, 5).map(lambda n: n * multiple), min_size=1, max_size=5))
-    return PackLayout(tuple(lengths), cp_size)
-
-
-@given(packs(), st.sampled_from([(), (3,)]), st.sampled_from([torch.float64, torch.bool]))
+@given(layouts(), st.sampled_from([(), (3,)]), st.sampled_from([torch.float64, torch.bool]))
 def test_unshard_undoes_shard(layout, trailing, dtype):
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(layout.num_tokens, *trailing, generator=generator, dtype=torch.float64)
     values = values > 0.5 if dtype == torch.bool else values
-    shards = [layout.on_rank(rank).shard(values) for rank in range(layout.cp_size)]
-    assert {len(shard) for shard in shards} == {layout.num_local_tokens}
+    ranks = [layout.on_rank(rank) for rank in range(layout.cp_size)]
+    shards = [rank.shard(values) for rank in ranks]
+    assert [len(shard) for shard in shards] == [rank.num_local_tokens for rank in ranks]
     assert torch.equal(layout.unshard(shards), values)
 
 
-@given(packs())
-def test_ranks_share_the_tokens_and_the_causal_work(layout):
+@given(layouts())
+def test_every_token_lies_on_one_rank_in_order_of_position(layout):
     ranks = [layout.on_rank(rank) for rank in range(layout.cp_size)]
     together = torch.cat([rank.local_indices for rank in ranks])
     assert sorted(together.tolist()) == list(range(layout.num_tokens))
+    assert together[layout.joined_rows].tolist() == list(range(layout.num_tokens))
+    for rank in ranks:
+        assert rank.local_indices.tolist() == sorted(rank.local_indices.tolist())
+        assert len(rank.local_chunk_lengths) == layout.num_sequences * len(rank.local_chunk_numbers)
+        assert rank.local_cu_chunks[-1] == rank.num_local_tokens
+
+
+@given(layouts())
+def test_chunks_follow_each_other_and_differ_by_one_token_at_most(layout):
+    chunks = {}
+    for rank in (layout.on_rank(rank) for rank in range(layout.cp_size)):
+        per_sequence = len(rank.local_chunk_numbers)
+        for index, indices in enumerate(rank.local_indices.split(rank.local_chunk_lengths)):
+            chunks[index // per_sequence, rank.local_chunk_numbers[index % per_sequence]] = indices.tolist()
+    for sequence, length in enumerate(layout.padded_lengths):
+        parts = [chunks[sequence, number] for number in range(layout.chunks_per_sequence)]
+        start = int(layout.cu_seqlens[sequence])
+        assert sum(parts, []) == list(range(start, start + length))
+        if layout.scheme == "zigzag":
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    if layout.scheme == "contiguous":
+        sizes = [layout.on_rank(rank).num_local_tokens for rank in range(layout.cp_size)]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_equal_chunks_share_the_causal_work(cp_size, chunk_lengths):
+    layout = PackLayout(tuple(length * sequence_multiple(cp_size) for length in chunk_lengths), cp_size)
+    layout.require_equal_chunks()
+    ranks = [layout.on_rank(rank) for rank in range(cp_size)]
     # A token attends to itself and to all before it.
-    work = {int((rank.local_positions + 1).sum()) for rank in ranks}
-    assert len(work) == 1
+    assert len({int((rank.local_positions + 1).sum()) for rank in ranks}) == 1
+    assert len({rank.local_chunk_lengths for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (PackLayout((4, 6), 2), r"padded_lengths\[1\] = 6: must be a positive multiple of 4 .*; pad the sequence"),
+        (PackLayout((4, 0)), r"padded_lengths\[1\] = 0: must be a positive multiple of 1"),
+        (PackLayout((4,), 2, scheme="contiguous"), "scheme = 'contiguous': attention needs 'zigzag'"),
+    ],
+)
+def test_attention_refuses_unequal_chunks(layout, message):
+    with pytest.raises(ValueError, match=message):
+        layout.require_equal_chunks()
 
 
 def test_gradients_go_back_to_where_the_tokens_came_from():
@@ -133,8 +197,8 @@ def test_sequence_multiple(cp_size, multiple):
     [
         (((4,), 2, 2), r"cp_rank = 2: must lie in \[0, cp_size = 2\)"),
         (((4,), 2, -1), r"cp_rank = -1: must lie in \[0, cp_size = 2\)"),
-        (((4, 6), 2, 0), r"padded_lengths\[1\] = 6: must be a positive multiple of 4 .*; pad the sequence"),
-        (((4, 0), 1, 0), r"padded_lengths\[1\] = 0: must be a positive multiple of 1"),
+        (((4, -1),), r"padded_lengths\[1\] = -1: must not be negative"),
+        (((4,), 2, 0, "ring"), "scheme = 'ring': must be one of zigzag, contiguous"),
     ],
 )
 def test_an_impossible_layout_is_refused(arguments, message):

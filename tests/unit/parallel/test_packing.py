@@ -181,3 +181,9 @@ def test_even_small_mini_batches_are_balanced():
     real, imbalance = measure(plan, lengths)
     assert real >= 0.97
     assert imbalance <= 0.03
+
+
+def test_a_pack_that_attention_cannot_work_on_is_refused():
+    assert Pack((0, 1), (8, 4)).layout(cp_size=2, cp_rank=1).num_local_tokens == 6
+    with pytest.raises(ValueError, match=r"padded_lengths\[1\] = 6: must be a positive multiple of 4"):
+        Pack((0, 1), (8, 6)).layout(cp_size=2, cp_rank=0)
