@@ -1,12 +1,10 @@
 """The Future-KL over sequences that are split across context-parallel ranks, with one small collective.
 
-Each rank holds two chunks of every sequence. It sums inside its own chunks, then all ranks exchange the sum
-at the head of each chunk (with the number of dual-clipped tokens, which the sequence drop needs), and every
-rank adds the decayed heads of the later chunks to its own tokens. The chunks of one sequence are equally
-long, so that their decay follows from the layout and need not travel.
+Each rank sums inside its own chunks of every sequence and summarises a chunk by three numbers: the sum at its head, the
+product of its tokens' decays, and its number of dual-clipped tokens, which the sequence drop needs. One all-gather
+shows all summaries to all ranks. Folding those of the later chunks gives what follows a chunk, and a second local scan
+starts from there. An empty chunk has the summary (0, 1, 0), which changes no fold, so that chunks may have any length.
 """
-
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -16,10 +14,13 @@ from megatron_fipo.algorithms.future_kl.scan import (
     SegmentPlan,
     check_half_life,
     result_dtype,
+    segment_heads,
     segment_plan,
+    segmented_reverse_scan,
     segmented_reverse_sum,
 )
 from megatron_fipo.parallel.layout import PackLayout
+from megatron_fipo.parallel.packs import check_group
 
 
 def future_kl(
@@ -28,77 +29,132 @@ def future_kl(
     layout: PackLayout,
     group: dist.ProcessGroup | None,
     clipped: Tensor | None = None,
+    decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Future-KL of this rank's tokens, summed over the whole of every sequence (eq. 6, arXiv:2603.19835).
 
-    With context parallelism the ranks of `group` run one all-gather of 32·N bytes a rank (two float64 for
-    each of the rank's two chunks of N sequences); without it there is no communication. No gradient flows.
+    With context parallelism the ranks of `group` run one all-gather, of 24 bytes a rank for each of its chunks of N
+    sequences (48·N bytes for zigzag); without it there is no communication. Nothing waits for the device, and no
+    gradient flows.
 
     Args:
-        log_ratio: [T / C], zero on tokens that take no part; they still count as distance.
+        log_ratio: [t], zero on tokens that take no part; they still count as distance.
         decay_half_life_tokens: τ > 0, with γ = 2^(−1/τ); may be infinite.
-        layout: Where the tokens lie.
+        layout: Where the tokens lie; t = layout.num_local_tokens, N = layout.num_sequences.
         group: The context-parallel group; may be None where `layout.cp_size` is 1.
-        clipped: [T / C] bool, tokens to count in each sequence; None counts nothing.
+        clipped: [t] bool, tokens to count in each sequence; None counts nothing.
+        decay: [t] floating, γ_t in [0, 1] for every token instead of γ: F_t = Δ_t + γ_t·F_{t+1}.
 
     Returns:
-        Future-KL [T / C] (float64 for float64, else float32), and for every sequence of the pack the number
-        of `clipped` tokens on all ranks, [N] int64.
+        Future-KL [t] (float64 for float64, else float32), and for every sequence of the pack the number of `clipped`
+        tokens on all ranks, [N] int64.
 
     Raises:
         ValueError: The half-life is not positive, or `group` does not have `layout.cp_size` ranks.
     """
     check_half_life(decay_half_life_tokens)
-    _check_group(layout, group)
-    plan = segment_plan(layout.local_chunk_lengths, log_ratio.device)
-    sums = segmented_reverse_sum(log_ratio.detach(), decay_half_life_tokens, plan)
-    counts = _count_by_segment(clipped, plan)
+    check_group(layout, group)
     if layout.cp_size == 1:
-        return sums.to(result_dtype(log_ratio)), counts.long()
-    heads = sums[plan.segment_starts]
-    local = torch.stack([heads, counts], dim=-1).reshape(layout.num_sequences, 2, 2)
-    chunks = _gather_chunks(local, layout, group)
-    carry = _carries(chunks[..., 0], decay_half_life_tokens, layout).reshape(-1)
-    decay = torch.exp2(-plan.distances_to_end().double() / decay_half_life_tokens)
-    sums = sums + decay * carry[plan.segment_ids]
-    return sums.to(result_dtype(log_ratio)), chunks[..., 1].sum(dim=1).long()
+        sums = add_following(log_ratio, decay_half_life_tokens, layout, None, decay)
+        counts = _count_by_segment(clipped, _plan(layout, log_ratio.device))
+        return sums.to(result_dtype(log_ratio)), counts
+    mine = chunk_summaries(log_ratio, decay_half_life_tokens, layout, clipped, decay)
+    chunks = _gather_in_order(mine, layout, group)
+    sums = add_following(log_ratio, decay_half_life_tokens, layout, fold(chunks, layout), decay)
+    return sums.to(result_dtype(log_ratio)), chunks[..., 2].sum(dim=1).long()
 
 
-def _check_group(layout: PackLayout, group: dist.ProcessGroup | None) -> None:
-    size = 1 if group is None else dist.get_world_size(group)
-    if layout.cp_size > 1 and size != layout.cp_size:
-        raise ValueError(
-            f"group = {'None' if group is None else f'{size} ranks'}: the layout has "
-            f"cp_size = {layout.cp_size}; pass the context-parallel group"
-        )
+def chunk_summaries(
+    log_ratio: Tensor, half_life: float, layout: PackLayout, clipped: Tensor | None = None, decay: Tensor | None = None
+) -> Tensor:
+    """What the other ranks need to know of this rank's chunks, c of every sequence.
+
+    Args:
+        log_ratio: [t].
+        half_life: In tokens; not read where there is a `decay`.
+        layout: Where the tokens lie.
+        clipped: [t] bool.
+        decay: [t].
+
+    Returns:
+        [N, c, 3] float64: decayed sum at the head (0 for an empty chunk), decay over the chunk (1), `clipped` tokens.
+    """
+    values, plan = log_ratio.detach(), _plan(layout, log_ratio.device)
+    if decay is None:
+        heads = segment_heads(values, half_life, plan)
+        decays = torch.exp2(-plan.segment_lengths.double() / half_life)
+    else:
+        sums, products = segmented_reverse_scan(values, decay.detach(), plan)
+        first_tokens = plan.bounds[plan.occupied]
+        heads = sums.new_zeros(len(plan.lengths)).index_copy_(0, plan.occupied, sums[first_tokens])
+        decays = sums.new_ones(len(plan.lengths)).index_copy_(0, plan.occupied, products[first_tokens])
+    counts = _count_by_segment(clipped, plan)
+    return torch.stack([heads, decays, counts.double()], dim=-1).view(layout.num_sequences, -1, 3)
+
+
+def fold(chunks: Tensor, layout: PackLayout) -> Tensor:
+    """Future-KL of the token that follows each of this rank's chunks, zero behind the last one.
+
+    Args:
+        chunks: [N, K, 3] float64, summaries of all chunks of every sequence in order of position.
+        layout: Says which c chunks are this rank's.
+
+    Returns:
+        [N, c] float64.
+    """
+    heads, decays = chunks[..., 0], chunks[..., 1]
+    following = []
+    for number in layout.local_chunk_numbers:
+        later = slice(number + 1, None)
+        # The next chunk counts in full, each one behind it is decayed over all between.
+        weights = torch.nn.functional.pad(decays[:, later], (1, 0), value=1.0).cumprod(dim=1)[:, :-1]
+        following.append((weights * heads[:, later]).sum(dim=1))
+    return torch.stack(following, dim=1)
+
+
+def add_following(
+    log_ratio: Tensor, half_life: float, layout: PackLayout, following: Tensor | None, decay: Tensor | None = None
+) -> Tensor:
+    """Future-KL of this rank's tokens, given that of the token behind each of its chunks.
+
+    Args:
+        log_ratio: [t].
+        half_life: In tokens; not read where there is a `decay`.
+        layout: Where the tokens lie.
+        following: [N, c] float64, as `fold` gives it; None where nothing follows.
+        decay: [t].
+
+    Returns:
+        [t] float64.
+    """
+    values, plan = log_ratio.detach(), _plan(layout, log_ratio.device)
+    if following is not None:
+        following = following.reshape(-1)
+    if decay is None:
+        return segmented_reverse_sum(values, half_life, plan, following)
+    sums, products = segmented_reverse_scan(values, decay.detach(), plan)
+    return sums if following is None else sums + products * following[plan.segment_ids]
+
+
+def _plan(layout: PackLayout, device: torch.device) -> SegmentPlan:
+    return segment_plan(layout.local_chunk_lengths, device)
 
 
 def _count_by_segment(clipped: Tensor | None, plan: SegmentPlan) -> Tensor:
-    counts = torch.zeros(plan.segment_lengths.shape[0], dtype=torch.float64, device=plan.segment_ids.device)
-    return counts if clipped is None else counts.index_add_(0, plan.segment_ids, clipped.double())
+    """Marked tokens of every segment: [S] int64."""
+    if clipped is None:
+        return torch.zeros_like(plan.segment_lengths)
+    running = torch.nn.functional.pad(clipped.cumsum(dim=0), (1, 0))
+    return running[plan.bounds].diff()
 
 
-def _gather_chunks(local: Tensor, layout: PackLayout, group: dist.ProcessGroup | None) -> Tensor:
-    """Values of all chunks in order of position: [N, 2 chunks of this rank, V] to [N, 2·C, V]."""
-    gathered = local.new_empty(layout.cp_size, *local.shape)
-    dist.all_gather_into_tensor(gathered.view(-1, *local.shape[1:]), local.contiguous(), group=group)
-    return torch.cat([gathered[:, :, 0], gathered[:, :, 1].flip(0)]).transpose(0, 1)
-
-
-def _carries(heads: Tensor, half_life: float, layout: PackLayout) -> Tensor:
-    """What follows each of this rank's chunks, as its next token sees it: [N, 2·C] heads to [N, 2]."""
-    weights = _carry_weights(layout.padded_lengths, layout.cp_size, half_life, heads.device)
+def _gather_in_order(mine: Tensor, layout: PackLayout, group: dist.ProcessGroup | None) -> Tensor:
+    """Summaries of all ranks' chunks, in order of position: [N, c, 3] to [N, K, 3]."""
+    gathered = mine.new_empty(layout.cp_size, *mine.shape)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), mine.contiguous(), group=group)
+    chunks: dict[int, Tensor] = {}
+    for rank in range(layout.cp_size):
+        for place, number in enumerate(layout.on_rank(rank).local_chunk_numbers):
+            chunks[number] = gathered[rank, :, place]
     # Stacked slices: an index list would be copied to the device, and the host would wait for it.
-    mine = torch.stack([weights[:, number] for number in layout.local_chunk_numbers], dim=1)
-    return (mine * heads[:, None, :]).sum(dim=-1)
-
-
-@lru_cache(maxsize=64)
-def _carry_weights(padded_lengths: tuple[int, ...], cp_size: int, half_life: float, device: torch.device) -> Tensor:
-    """Decay from the token behind chunk m to later heads: [N, 2·C (m), 2·C], zero at and before m."""
-    numbers = torch.arange(2 * cp_size, dtype=torch.float64)
-    between = numbers[None, :] - numbers[:, None] - 1
-    lengths = torch.tensor(padded_lengths, dtype=torch.float64) / (2 * cp_size)
-    decay = torch.exp2(-between.clamp(min=0) * lengths[:, None, None] / half_life)
-    weights = torch.where(between >= 0, decay, 0.0)
-    return weights.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else weights.to(device)
+    return torch.stack([chunks[number] for number in range(layout.chunks_per_sequence)], dim=1)

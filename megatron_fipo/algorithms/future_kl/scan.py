@@ -1,53 +1,122 @@
 """The Future-KL in linear time: a decayed sum from the right inside every segment of a packed tensor.
 
-Every segment is cut into blocks of 64 tokens. One product with a 64 × 64 triangle of decay powers sums inside
-all blocks at once; the sums at the block heads are then summed over the blocks of their segment in the same
-way, with the half-life counted in blocks; what that gives for the next block, decayed, is added to every
-token of a block. The cost is O(64·T), without a loop over tokens. All sums are float64, so that neither the
-packing nor TF32 shows in the result.
+Every segment is cut into blocks of 32 tokens, the last one filled up with zeros. The sums at the block heads, one
+product with a column of decay powers, are themselves summed over the blocks of their segment in the same way, with
+the half-life counted in blocks. What that gives for the next block is added, decayed once, to a block's last token;
+one product with a 32 × 32 triangle of decay powers then sums inside all blocks at once. The cost is O(32·T), without a
+loop over tokens. All sums are float64, so that neither the packing nor TF32 shows in the result.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-BLOCK = 64
+from megatron_fipo.parallel.layout import copy_to
+
+BLOCK = 32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SegmentPlan:
-    """Where the blocks of a packed tensor lie, for S segments and M blocks; a function of the lengths alone.
+    """Where S segments lie in a packed tensor of T values, and in M blocks; a function of the lengths alone.
 
     Attributes:
-        num_values: T, tokens of all segments.
-        segment_ids: [T] int64, every token's segment.
-        segment_starts: [S] int64.
-        segment_lengths: [S] int64.
-        gather_indices: [M, 64] int64, tokens of every block; arbitrary where `occupied` is false.
-        occupied: [M, 64] bool, false behind the end of a segment's last block.
-        slots: [T] int64, every token's place in the flattened blocks.
-        has_next_block: [M] bool, whether the block after this one belongs to the same segment.
-        blocks: Plan of the block heads, or None where no segment has two blocks.
+        lengths: Values of every segment; zero is allowed.
+        device: Where the plan's tensors are.
     """
 
-    num_values: int
-    segment_ids: Tensor
-    segment_starts: Tensor
-    segment_lengths: Tensor
-    gather_indices: Tensor
-    occupied: Tensor
-    slots: Tensor
-    has_next_block: Tensor
-    blocks: "SegmentPlan | None"
+    lengths: tuple[int, ...]
+    device: torch.device
 
-    def distances_to_end(self) -> Tensor:
-        """Every token's distance to the first token behind its segment: [T] int64, at least 1."""
-        ends = self.segment_starts + self.segment_lengths
-        positions = torch.arange(self.num_values, device=ends.device)
-        return ends[self.segment_ids] - positions
+    @cached_property
+    def num_values(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Starts of the segments, and the end of the last: [S + 1] int64."""
+        return self._on_device([0, *accumulate(self.lengths)])
+
+    @cached_property
+    def segment_lengths(self) -> Tensor:
+        """[S] int64."""
+        return self._on_device(self.lengths)
+
+    @cached_property
+    def segment_ids(self) -> Tensor:
+        """Every value's segment: [T] int64."""
+        segments = torch.arange(len(self.lengths), device=self.device)
+        return segments.repeat_interleave(self.segment_lengths, output_size=self.num_values)
+
+    @cached_property
+    def occupied(self) -> Tensor:
+        """The segments that have values: [S'] int64."""
+        return self._on_device([segment for segment, length in enumerate(self.lengths) if length])
+
+    @cached_property
+    def last_blocks(self) -> Tensor:
+        """The last block of every segment that has values: [S'] int64."""
+        ends = accumulate(self._block_counts)
+        return self._on_device([end - 1 for end, length in zip(ends, self.lengths, strict=True) if length])
+
+    @cached_property
+    def last_slots(self) -> Tensor:
+        """Place in the flattened blocks of the last value of every segment that has values: [S'] int64."""
+        fills = [(length - 1) % BLOCK for length in self.lengths if length]
+        return self.last_blocks * BLOCK + self._on_device(fills)
+
+    @cached_property
+    def blocks(self) -> "SegmentPlan | None":
+        """Plan of the block heads, or None where no segment has two blocks."""
+        if max(self._block_counts, default=0) < 2:
+            return None
+        return SegmentPlan(lengths=self._block_counts, device=self.device)
+
+    def to_blocks(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """A float64 copy, cut into blocks: [T] to [M, 32], with `fill` behind the end of every segment."""
+        if self._even_length is not None:
+            rows = values.view(-1, self._even_length).to(torch.float64, copy=True)
+            return torch.nn.functional.pad(rows, (0, -self._even_length % BLOCK), value=fill).view(-1, BLOCK)
+        padding = values.new_full((BLOCK,), fill, dtype=torch.float64)
+        ends = [padding[:size] for size in range(BLOCK)]
+        segments = torch.split(values.double(), list(self.lengths))
+        pieces = [piece for segment in segments for piece in (segment, ends[-len(segment) % BLOCK])]
+        return torch.cat(pieces).view(-1, BLOCK)
+
+    def from_blocks(self, blocks: Tensor) -> Tensor:
+        """The values of `to_blocks`, without what was filled in: [M, 32] to [T]."""
+        if self._even_length is not None:
+            return blocks.view(len(self.lengths), -1)[:, : self._even_length].reshape(-1)
+        sizes = [size for length in self.lengths for size in (length, -length % BLOCK)]
+        return torch.cat(torch.split(blocks.view(-1), sizes)[::2])
+
+    def next_heads(self, heads: Tensor, behind: float = 0.0) -> Tensor:
+        """For every block the head of the block after it, or `behind` at the end of its segment: [M] to [M]."""
+        return heads.roll(-1).index_fill_(0, self.last_blocks, behind)
+
+    @cached_property
+    def _block_counts(self) -> tuple[int, ...]:
+        return tuple(-(-length // BLOCK) for length in self.lengths)
+
+    @cached_property
+    def _even_length(self) -> int | None:
+        """The length of all segments where it is one and the same."""
+        first = self.lengths[0]
+        return first if first and self.lengths.count(first) == len(self.lengths) else None
+
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+        return copy_to(torch.tensor(numbers, dtype=torch.int64), self.device)
+
+
+@lru_cache(maxsize=16)
+def segment_plan(lengths: tuple[int, ...], device: torch.device) -> SegmentPlan:
+    """Plan of segments of these lengths laid end to end; the last few are remembered."""
+    return SegmentPlan(lengths=lengths, device=device)
 
 
 def future_kl(
@@ -77,58 +146,72 @@ def future_kl(
     return result.to(result_dtype(log_ratio)).reshape(log_ratio.shape)
 
 
-def segmented_reverse_sum(values: Tensor, half_life: float, plan: SegmentPlan) -> Tensor:
-    """Sum from the right with decay inside every segment: y_t = x_t + 2^(−1/half_life) · y_{t+1}.
+def segmented_reverse_sum(
+    values: Tensor, half_life: float, plan: SegmentPlan, following: Tensor | None = None
+) -> Tensor:
+    """Sum from the right with decay inside every segment: y_t = x_t + γ·y_{t+1}, γ = 2^(−1/half_life).
 
     Args:
         values: [T], any floating dtype.
         half_life: In tokens; may be infinite.
         plan: Where the segments lie.
+        following: [S] float64, y of the token behind each segment's last; zero by default.
 
     Returns:
         [T] float64.
     """
     if plan.num_values == 0:
         return values.double()
-    blocks = torch.where(plan.occupied, values.double()[plan.gather_indices], 0.0)
-    sums = blocks @ _decay_triangle(half_life, values.device)
+    blocks = plan.to_blocks(values)
+    triangle = _decay_triangle(half_life, values.device)
+    decay = 2.0 ** (-1.0 / half_life)
+    if following is not None:
+        blocks.view(-1).index_add_(0, plan.last_slots, decay * following[plan.occupied])
     if plan.blocks is not None:
-        heads = segmented_reverse_sum(sums[:, 0], half_life / BLOCK, plan.blocks)
-        carry = torch.where(plan.has_next_block, heads.roll(-1), 0.0)
-        sums = sums + carry[:, None] * _decay_to_block_end(half_life, values.device)
-    return sums.reshape(-1)[plan.slots]
+        heads = segmented_reverse_sum(blocks @ triangle[:, 0], half_life / BLOCK, plan.blocks)
+        blocks[:, -1].add_(plan.next_heads(heads), alpha=decay)
+    return plan.from_blocks(blocks @ triangle)
 
 
-@lru_cache(maxsize=16)
-def segment_plan(lengths: tuple[int, ...], device: torch.device) -> SegmentPlan:
-    """Plan of segments of these lengths (zero allowed) laid end to end; the last few are remembered."""
-    num_values = sum(lengths)
-    starts = _starts(lengths)
-    blocks_per_segment = tuple(-(-length // BLOCK) for length in lengths)
-    num_blocks = sum(blocks_per_segment)
-    segment_starts = _to_device(starts, device)
-    segment_lengths = _to_device(lengths, device)
-    first_blocks = _to_device(_starts(blocks_per_segment), device)
+def segment_heads(values: Tensor, half_life: float, plan: SegmentPlan) -> Tensor:
+    """What `segmented_reverse_sum` gives for the first value of every segment: [T] to [S] float64, zero where empty."""
+    result = torch.zeros(len(plan.lengths), dtype=torch.float64, device=values.device)
+    while plan.num_values:
+        values = plan.to_blocks(values) @ _decay_triangle(half_life, values.device)[:, 0]
+        half_life /= BLOCK
+        if plan.blocks is None:
+            return result.index_copy_(0, plan.occupied, values)
+        plan = plan.blocks
+    return result
 
-    segments = torch.arange(len(lengths), device=device)
-    segment_ids = segments.repeat_interleave(segment_lengths, output_size=num_values)
-    positions = torch.arange(num_values, device=device) - segment_starts[segment_ids]
-    block_segments = segments.repeat_interleave(_to_device(blocks_per_segment, device), output_size=num_blocks)
-    block_numbers = torch.arange(num_blocks, device=device) - first_blocks[block_segments]
-    offsets = block_numbers[:, None] * BLOCK + torch.arange(BLOCK, device=device)
-    ends = segment_lengths[block_segments]
-    indices = segment_starts[block_segments][:, None] + offsets
-    return SegmentPlan(
-        num_values=num_values,
-        segment_ids=segment_ids,
-        segment_starts=segment_starts,
-        segment_lengths=segment_lengths,
-        gather_indices=indices.clamp(max=max(num_values - 1, 0)),
-        occupied=offsets < ends[:, None],
-        slots=first_blocks[segment_ids] * BLOCK + positions,
-        has_next_block=(block_numbers + 1) * BLOCK < ends,
-        blocks=segment_plan(blocks_per_segment, device) if max(blocks_per_segment, default=0) > 1 else None,
-    )
+
+def segmented_reverse_scan(values: Tensor, decay: Tensor, plan: SegmentPlan) -> tuple[Tensor, Tensor]:
+    """The same with a decay for every value: y_t = x_t + γ_t·y_{t+1}, and what y behind the segment is multiplied by.
+
+    Inside a block by doubling: after step s every value has the sum and the product over the s next ones. There is no
+    division, so that decays of 0 and 1 are exact.
+
+    Args:
+        values: [T], any floating dtype.
+        decay: [T], γ_t in [0, 1].
+        plan: Where the segments lie.
+
+    Returns:
+        y [T] and the products of the decays from t to the end of the segment [T], both float64.
+    """
+    if plan.num_values == 0:
+        return values.double(), decay.double()
+    sums, products = plan.to_blocks(values), plan.to_blocks(decay, fill=1.0)
+    step = 1
+    while step < BLOCK:
+        sums[:, :-step] += products[:, :-step] * sums[:, step:]
+        products[:, :-step] = products[:, :-step] * products[:, step:]
+        step *= 2
+    if plan.blocks is not None:
+        head_sums, head_products = segmented_reverse_scan(sums[:, 0], products[:, 0], plan.blocks)
+        sums.addcmul_(products, plan.next_heads(head_sums)[:, None])
+        products *= plan.next_heads(head_products, behind=1.0)[:, None]
+    return plan.from_blocks(sums), plan.from_blocks(products)
 
 
 def check_half_life(decay_half_life_tokens: float) -> None:
@@ -160,31 +243,9 @@ def _segment_lengths(log_ratio: Tensor, cu_seqlens: Tensor | Sequence[int] | Non
     return lengths
 
 
-def _starts(lengths: Sequence[int]) -> list[int]:
-    starts = []
-    position = 0
-    for length in lengths:
-        starts.append(position)
-        position += length
-    return starts
-
-
-def _to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    tensor = torch.tensor(numbers, dtype=torch.int64)
-    # A copy from pageable memory would make the host wait for the stream.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 @lru_cache(maxsize=64)
 def _decay_triangle(half_life: float, device: torch.device) -> Tensor:
-    """γ^(k−j) at row k, column j ≤ k, else zero: [64, 64] float64."""
+    """γ^(k−j) at row k, column j ≤ k, else zero: [32, 32] float64."""
     offsets = torch.arange(BLOCK, device=device, dtype=torch.float64)
     distance = offsets[:, None] - offsets[None, :]
     return torch.where(distance >= 0, torch.exp2(-distance.clamp(min=0) / half_life), 0.0)
-
-
-@lru_cache(maxsize=64)
-def _decay_to_block_end(half_life: float, device: torch.device) -> Tensor:
-    """γ^(64−j) for offset j in a block: [64] float64."""
-    offsets = torch.arange(BLOCK, device=device, dtype=torch.float64)
-    return torch.exp2((offsets - BLOCK) / half_life)
