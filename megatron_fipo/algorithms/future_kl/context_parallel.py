@@ -55,13 +55,12 @@ def future_kl(
     check_half_life(decay_half_life_tokens)
     check_group(layout, group)
     if layout.cp_size == 1:
-        sums = add_following(log_ratio, decay_half_life_tokens, layout, None, decay)
-        counts = _count_by_segment(clipped, _plan(layout, log_ratio.device))
-        return sums.to(result_dtype(log_ratio)), counts
+        sums = sums_from(None, log_ratio, decay_half_life_tokens, layout, decay)
+        return sums, _count_by_segment(clipped, _plan(layout, log_ratio.device))
     mine = chunk_summaries(log_ratio, decay_half_life_tokens, layout, clipped, decay)
     chunks = _gather_in_order(mine, layout, group)
-    sums = add_following(log_ratio, decay_half_life_tokens, layout, fold(chunks, layout), decay)
-    return sums.to(result_dtype(log_ratio)), chunks[..., 2].sum(dim=1).long()
+    sums = sums_from(fold(chunks, layout), log_ratio, decay_half_life_tokens, layout, decay)
+    return sums, chunks[..., 2].sum(dim=1).long()
 
 
 def chunk_summaries(
@@ -112,28 +111,29 @@ def fold(chunks: Tensor, layout: PackLayout) -> Tensor:
     return torch.stack(following, dim=1)
 
 
-def add_following(
-    log_ratio: Tensor, half_life: float, layout: PackLayout, following: Tensor | None, decay: Tensor | None = None
+def sums_from(
+    following: Tensor | None, log_ratio: Tensor, half_life: float, layout: PackLayout, decay: Tensor | None = None
 ) -> Tensor:
     """Future-KL of this rank's tokens, given that of the token behind each of its chunks.
 
     Args:
+        following: [N, c] float64, as `fold` gives it; None where nothing follows.
         log_ratio: [t].
         half_life: In tokens; not read where there is a `decay`.
         layout: Where the tokens lie.
-        following: [N, c] float64, as `fold` gives it; None where nothing follows.
         decay: [t].
 
     Returns:
-        [t] float64.
+        [t], float64 for float64, else float32.
     """
-    values, plan = log_ratio.detach(), _plan(layout, log_ratio.device)
-    if following is not None:
-        following = following.reshape(-1)
+    values, plan, dtype = log_ratio.detach(), _plan(layout, log_ratio.device), result_dtype(log_ratio)
+    following = None if following is None else following.reshape(-1)
     if decay is None:
-        return segmented_reverse_sum(values, half_life, plan, following)
+        return segmented_reverse_sum(values, half_life, plan, following, dtype)
     sums, products = segmented_reverse_scan(values, decay.detach(), plan)
-    return sums if following is None else sums + products * following[plan.segment_ids]
+    if following is not None:
+        sums = sums + products * following[plan.segment_ids]
+    return sums.to(dtype)
 
 
 def _plan(layout: PackLayout, device: torch.device) -> SegmentPlan:

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_fipo.parallel.layout import copy_to
 
 BLOCK = 32
+_BLOCKS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,11 +83,11 @@ class SegmentPlan:
         if self._even_length is not None:
             rows = values.view(-1, self._even_length).to(torch.float64, copy=True)
             return torch.nn.functional.pad(rows, (0, -self._even_length % BLOCK), value=fill).view(-1, BLOCK)
-        padding = values.new_full((BLOCK,), fill, dtype=torch.float64)
+        padding = values.new_full((BLOCK,), fill)
         ends = [padding[:size] for size in range(BLOCK)]
-        segments = torch.split(values.double(), list(self.lengths))
+        segments = torch.split(values, list(self.lengths))
         pieces = [piece for segment in segments for piece in (segment, ends[-len(segment) % BLOCK])]
-        return torch.cat(pieces).view(-1, BLOCK)
+        return torch.cat(pieces).double().view(-1, BLOCK)
 
     def from_blocks(self, blocks: Tensor) -> Tensor:
         """The values of `to_blocks`, without what was filled in: [M, 32] to [T]."""
@@ -142,12 +143,16 @@ def future_kl(
     """
     check_half_life(decay_half_life_tokens)
     plan = segment_plan(_segment_lengths(log_ratio, cu_seqlens), log_ratio.device)
-    result = segmented_reverse_sum(log_ratio.detach().reshape(-1), decay_half_life_tokens, plan)
-    return result.to(result_dtype(log_ratio)).reshape(log_ratio.shape)
+    values = log_ratio.detach().reshape(-1)
+    return segmented_reverse_sum(values, decay_half_life_tokens, plan, dtype=result_dtype(log_ratio)).view_as(log_ratio)
 
 
 def segmented_reverse_sum(
-    values: Tensor, half_life: float, plan: SegmentPlan, following: Tensor | None = None
+    values: Tensor,
+    half_life: float,
+    plan: SegmentPlan,
+    following: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Sum from the right with decay inside every segment: y_t = x_t + γ·y_{t+1}, γ = 2^(−1/half_life).
 
@@ -156,12 +161,13 @@ def segmented_reverse_sum(
         half_life: In tokens; may be infinite.
         plan: Where the segments lie.
         following: [S] float64, y of the token behind each segment's last; zero by default.
+        dtype: What the sums, taken in float64, are rounded to.
 
     Returns:
-        [T] float64.
+        [T] of `dtype`.
     """
     if plan.num_values == 0:
-        return values.double()
+        return values.to(dtype)
     blocks = plan.to_blocks(values)
     triangle = _decay_triangle(half_life, values.device)
     decay = 2.0 ** (-1.0 / half_life)
@@ -170,7 +176,11 @@ def segmented_reverse_sum(
     if plan.blocks is not None:
         heads = segmented_reverse_sum(blocks @ triangle[:, 0], half_life / BLOCK, plan.blocks)
         blocks[:, -1].add_(plan.next_heads(heads), alpha=decay)
-    return plan.from_blocks(blocks @ triangle)
+    # Part by part, so that the products stay in the cache, and in place where they can: fresh memory costs most.
+    sums = blocks if dtype == blocks.dtype else torch.empty_like(blocks, dtype=dtype)
+    for part, summed in zip(blocks.split(_BLOCKS_AT_ONCE), sums.split(_BLOCKS_AT_ONCE), strict=True):
+        summed.copy_(part @ triangle)
+    return plan.from_blocks(sums)
 
 
 def segment_heads(values: Tensor, half_life: float, plan: SegmentPlan) -> Tensor:
