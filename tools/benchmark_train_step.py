@@ -181,7 +181,7 @@ def build_ours(options: argparse.Namespace, batch: Any) -> tuple[Any, float]:
     from megatron_fipo.actor.optimizer import ActorOptimizer
     from megatron_fipo.actor.shard import packing_rules, shard_micro_batches
     from megatron_fipo.actor.train_step import TrainStep
-    from megatron_fipo.config.algorithm import DapoConfig
+    from megatron_fipo.config.baselines import DapoConfig
     from megatron_fipo.config.model import ModelConfig
     from megatron_fipo.config.optimizer import OptimizerConfig
     from megatron_fipo.config.parallelism import ParallelismConfig

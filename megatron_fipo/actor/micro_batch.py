@@ -4,6 +4,7 @@ Everything is indexed by the position that predicts: entry t of a sequence is ab
 model's output for it lives at t. Shifting before the sequence is cut into chunks leaves no border to look across.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,12 @@ class MicroBatch:
         response_positions: [R] int64 local positions where the mask is true.
         response_targets: [R] int64 tokens predicted there.
         response_lengths: [N] int64 response tokens of every sequence over all ranks; 0 for a filler.
+        sequence_numbers: [N] int64 `sequences` on the device, −1 for a filler.
         advantages: [t] float32.
         rollout_log_probs: [t] float32, the engine's.
-        old_log_probs: [t] float64, the actor's before the first update; set by the old-log-probability pass.
+        old_log_probs: [t] float64, the actor's before the first update, whichever policy versions sampled the tokens;
+            set by the old-log-probability pass.
+        reference_log_probs: [t] float64, the reference policy's; set where the algorithm has a reference KL.
     """
 
     layout: PackLayout
@@ -39,12 +43,20 @@ class MicroBatch:
     response_positions: Tensor
     response_targets: Tensor
     response_lengths: Tensor
+    sequence_numbers: Tensor
     advantages: Tensor
     rollout_log_probs: Tensor
     old_log_probs: Tensor | None = None
+    reference_log_probs: Tensor | None = None
 
 
-def build_micro_batch(batch: TrainBatch, pack: Pack, context: ParallelContext, device: torch.device) -> MicroBatch:
+def build_micro_batch(
+    batch: TrainBatch,
+    pack: Pack,
+    context: ParallelContext,
+    device: torch.device,
+    numbers: Sequence[int] | None = None,
+) -> MicroBatch:
     """Lay a pack's sequences out and keep this rank's part.
 
     Args:
@@ -52,7 +64,9 @@ def build_micro_batch(batch: TrainBatch, pack: Pack, context: ParallelContext, d
         pack: Which sequences, and their padded lengths.
         context: This rank's place.
         device: Where the tensors go.
+        numbers: The pack's sequences as the rollout batch numbers them, where `batch` is a part of it.
     """
+    numbers = pack.sequences if numbers is None else numbers
     layout = pack.layout(context.cp_size, context.cp_rank)
     tokens = torch.zeros(layout.num_tokens, dtype=torch.int64)
     targets = torch.zeros_like(tokens)
@@ -78,12 +92,13 @@ def build_micro_batch(batch: TrainBatch, pack: Pack, context: ParallelContext, d
     positions = local_mask.nonzero().squeeze(1)
     return MicroBatch(
         layout=layout,
-        sequences=pack.sequences,
+        sequences=tuple(numbers),
         token_ids=layout.shard(tokens)[None].to(device),
         response_mask=local_mask.to(device),
         response_positions=positions.to(device),
         response_targets=layout.shard(targets)[positions].to(device),
         response_lengths=response_lengths.to(device),
+        sequence_numbers=torch.tensor([*numbers, *[-1] * (layout.num_sequences - len(numbers))]).to(device),
         advantages=layout.shard(advantages).to(device),
         rollout_log_probs=layout.shard(rollout_log_probs).to(device),
     )

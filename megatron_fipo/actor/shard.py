@@ -69,7 +69,7 @@ def _build(
 ) -> MicroBatch:
     """Build a micro-batch from the share, under its sequences' numbers in the rollout batch."""
     in_share = Pack(tuple(place[index] for index in pack.sequences), pack.padded_lengths)
-    return dataclasses.replace(build_micro_batch(share, in_share, context, device), sequences=pack.sequences)
+    return build_micro_batch(share, in_share, context, device, pack.sequences)
 
 
 def _receive_share(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_fipo.actor.forward import Scores
 from megatron_fipo.actor.micro_batch import MicroBatch
-from megatron_fipo.algorithms.losses import LossOutput
+from megatron_fipo.algorithms.policy_loss import LossOutput
 from megatron_fipo.parallel.collectives import Arrays, gather_json, receive_arrays, send_arrays
 from megatron_fipo.parallel.context import ParallelContext
 

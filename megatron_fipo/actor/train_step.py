@@ -1,8 +1,9 @@
 """One optimizer step on one mini-batch.
 
 The loss of a mini-batch is Σ numerators / D, with D summed over micro-batches, data- and context-parallel ranks.
-Every loss function returns its unnormalised sum and its local integer count; megatron-core reduces the gradient of
-the sum and divides it once by the reduced count, before clipping.
+Every loss function gives its unnormalised sum and its local share of D. megatron-core reduces the gradient of the sum
+and divides it by nothing; it is divided by D here, once, before clipping. (megatron-core's own division clamps D to 1
+and knows 32-bit integers alone.)
 """
 
 import math
@@ -21,11 +22,12 @@ from megatron_fipo.actor.forward import ActorForward, LossFunction, Scores
 from megatron_fipo.actor.micro_batch import MicroBatch
 from megatron_fipo.actor.optimizer import ActorOptimizer
 from megatron_fipo.actor.token_records import TokenRecorder
-from megatron_fipo.algorithms.losses import LossInputs, policy_loss
+from megatron_fipo.algorithms.policy_loss import LossInputs, policy_loss
 from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.metrics.reduce import reduce_metrics
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.parallel.context import ParallelContext
+from megatron_fipo.platform.device import compute_device
 from megatron_fipo.types import Accumulator, Distribution, merge_metrics, render_metrics
 
 
@@ -38,7 +40,7 @@ class UpdateResult:
         skip_reason: Why not, or "".
         is_finite: Whether loss sum and gradient norm are finite.
         loss: Σ numerators / D; NaN where D is 0.
-        denominator: D.
+        denominator: D: a whole number of tokens or sequences, or a sum of weights.
         grad_norm: Global norm before clipping; 0 where D is 0.
         learning_rate: Rate the step was taken with.
         metrics: Rendered metrics of the loss.
@@ -48,7 +50,7 @@ class UpdateResult:
     skip_reason: str
     is_finite: bool
     loss: float
-    denominator: int
+    denominator: float
     grad_norm: float
     learning_rate: float
     metrics: dict[str, float] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class TrainStep:
         self.forward, self.optimizer, self.algorithm, self.context = forward, optimizer, algorithm, context
         self.quantiles = quantiles
         self.recorder = TokenRecorder(context)
+        self._denominators: list[Tensor] = []
         self._denominator: Tensor | None = None
         provider = forward.provider
         provider.finalize_model_grads_func = self._finalize_gradients
@@ -97,10 +100,11 @@ class TrainStep:
             micro_batches: This rank's micro-batches of the mini-batch, `old_log_probs` set on the last stage.
         """
         self.optimizer.zero_grad()
+        self._denominators, self._denominator = [], None
         learning_rate = self.optimizer.learning_rate
         parts = self.forward.run(micro_batches, self._loss_function, forward_only=False)
         assert self._denominator is not None, "the schedule did not finalize the gradients"
-        denominator = int(self._denominator.item())
+        denominator = float(self._denominator.item())
         summary = self._summarise(micro_batches, parts)
         loss = summary["numerator"] / denominator if denominator else math.nan
         grad_norm, applied, reason = 0.0, False, ""
@@ -135,7 +139,9 @@ class TrainStep:
                     response_mask=micro_batch.response_mask,
                     response_lengths=micro_batch.response_lengths,
                     layout=micro_batch.layout,
+                    sequence_numbers=micro_batch.sequence_numbers,
                     rollout_log_probs=micro_batch.rollout_log_probs,
+                    reference_log_probs=micro_batch.reference_log_probs,
                     entropy=scores["entropy"],
                 ),
                 self.algorithm,
@@ -144,14 +150,31 @@ class TrainStep:
             self.recorder.keep(micro_batch, scores, output)
             metrics = output.metrics | {"kept_tokens": Accumulator.sum(output.kept_mask)}
             report = {"numerator": output.numerator.detach(), "metrics": metrics}
-            return output.numerator, output.denominator.int(), report
+            self._denominators.append(output.denominator)
+            # megatron-core adds up its own count, which nothing reads.
+            return output.numerator, torch.zeros_like(output.denominator, dtype=torch.int), report
 
         return loss
 
     def _finalize_gradients(self, model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
-        """Reduce and divide the gradient, and keep the reduced count, which upstream writes into `num_tokens`."""
-        finalize_model_grads(model, num_tokens, **kwargs)
-        self._denominator = num_tokens
+        """Reduce the gradient and divide it by D; without anything to divide by it becomes zero."""
+        finalize_model_grads(model, None, **kwargs)
+        self._denominator = self._sum_denominators()
+        scale = torch.where(self._denominator > 0, 1.0 / self._denominator, 0.0).float()
+        for chunk in model:
+            chunk.scale_gradients(scale)
+
+    def _sum_denominators(self) -> Tensor:
+        """D on every rank: 0-dim float64, exact for counts below 2^53."""
+        total = torch.zeros([], dtype=torch.float64, device=compute_device())
+        for part in self._denominators:
+            total += part
+        context = self.context
+        dist.all_reduce(total, group=context.dp_cp_group)
+        if context.pp_size > 1:
+            last = dist.get_global_rank(context.pp_group, context.pp_size - 1)
+            dist.broadcast(total, src=last, group=context.pp_group)
+        return total
 
     def _summarise(self, micro_batches: Sequence[MicroBatch], parts: list[dict[str, Any]]) -> dict[str, Any]:
         """Loss sum and metrics over all ranks, on all ranks."""

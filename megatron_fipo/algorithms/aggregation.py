@@ -5,12 +5,12 @@ data- and context-parallel ranks. Nothing is divided before that, except inside 
 by a mean.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megatron_fipo.config.algorithm import Aggregation
+from megatron_fipo.config.policy_gradient import PolicyGradientConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,13 @@ class SequenceCounts:
     dropped: Tensor
     counted_here: bool
 
+    def dropping(self, dropped: Tensor) -> "SequenceCounts":
+        """The same with these sequences [N] bool taken out."""
+        return replace(self, dropped=dropped)
+
 
 def aggregate(
-    token_losses: Tensor, kept_mask: Tensor, sequences: SequenceCounts, mode: Aggregation
+    token_losses: Tensor, kept_mask: Tensor, sequences: SequenceCounts, config: PolicyGradientConfig
 ) -> tuple[Tensor, Tensor]:
     """Unnormalised sum and count of one micro-batch on one rank.
 
@@ -39,18 +43,22 @@ def aggregate(
         token_losses: [t] with gradient; zero where a token does not count.
         kept_mask: [t] bool, response tokens of sequences that are not dropped.
         sequences: Per-sequence counts.
-        mode: `token_mean`: sum over tokens, count of kept tokens. `sequence_mean`: sum of losses over their
-            sequence's length, count of kept sequences. `official_micro_batch`: mean over the micro-batch's
-            kept tokens times its number of samples, count of samples (dropped ones too).
+        config: Its `aggregation` says how. `token_mean`: sum over tokens, count of kept tokens. `sequence_mean`: sum
+            of losses over their sequence's length, count of kept sequences. `sequence_sum`: sum of losses over
+            `length_divisor`, count of kept sequences. `official_micro_batch`: mean over the micro-batch's kept tokens
+            times its number of samples, count of samples (dropped ones too).
 
     Returns:
         Numerator, 0-dim float64 with gradient, and denominator, 0-dim int64.
     """
     lengths = sequences.response_lengths
     kept_lengths = torch.where(sequences.dropped, 0, lengths)
-    if mode == "token_mean":
+    if config.aggregation == "token_mean":
         return token_losses.sum(dtype=torch.float64), kept_mask.sum()
-    if mode == "sequence_mean":
+    if config.aggregation == "sequence_sum":
+        assert config.length_divisor is not None, "the configuration checks it"
+        return token_losses.sum(dtype=torch.float64) / config.length_divisor, _count(kept_lengths, sequences)
+    if config.aggregation == "sequence_mean":
         weights = 1.0 / lengths.clamp(min=1).to(token_losses.dtype)
         numerator = (token_losses * weights[sequences.sequence_ids]).sum(dtype=torch.float64)
         return numerator, _count(kept_lengths, sequences)

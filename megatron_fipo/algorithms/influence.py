@@ -1,14 +1,91 @@
 """From log-ratios to influence weights: which tokens take part, and how the Future-KL becomes a weight."""
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fipo.algorithms.future_kl.context_parallel import future_kl as context_parallel_future_kl
+from megatron_fipo.algorithms.influence_controls import shuffle_within_responses, variance_decay
 from megatron_fipo.config.algorithm import FipoConfig
+from megatron_fipo.parallel.layout import PackLayout
 
 SAFE_WEIGHT_FLOOR = 0.8
 """Lower end of the range that `safety_mode = clamp` keeps a weight in; written into the official code."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RatioTerms:
+    """How the policy has moved on one rank's tokens.
+
+    Attributes:
+        mask: [t] bool, response tokens that count.
+        log_ratio: [t], Δ = log π_θ − log π_old, clamped, zero outside `mask`; with gradient.
+        ratio: [t], its exponential; with gradient.
+        advantages: [t], arbitrary outside `mask`.
+    """
+
+    mask: Tensor
+    log_ratio: Tensor
+    ratio: Tensor
+    advantages: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Influence:
+    """FIPO's weights on one rank's tokens, without gradient.
+
+    Attributes:
+        future_kl: [t], F.
+        weights: [t], f.
+        clipped_counts: [N] int64, dual-clipped tokens of each sequence on all ranks.
+    """
+
+    future_kl: Tensor
+    weights: Tensor
+    clipped_counts: Tensor
+
+
+def influence(
+    terms: RatioTerms,
+    clipped: Tensor,
+    sequence_numbers: Tensor | None,
+    layout: PackLayout,
+    group: dist.ProcessGroup | None,
+    config: FipoConfig,
+) -> Influence:
+    """Future-KL and influence weights of a micro-batch (eqs. 5–7), with one all-gather under context parallelism.
+
+    The controls `influence = shuffled` and `decay = variance` gather once more.
+
+    Args:
+        terms: How the policy has moved.
+        clipped: [t] bool, tokens to count for the sequence drop.
+        sequence_numbers: [N] int64, key of the shuffle; may be None without it.
+        layout: Where the tokens lie.
+        group: The context-parallel group; may be None where `layout.cp_size` is 1.
+        config: The rules.
+    """
+    summed = participating_log_ratio(terms.log_ratio, terms.advantages, config)
+    decay = None
+    if config.decay == "variance":
+        participates = terms.mask & ~_leaves_the_sum(terms.log_ratio.detach(), terms.advantages, config)
+        decay = variance_decay(summed, participates, terms.mask, config, layout, group)
+    future_kl, counts = context_parallel_future_kl(
+        summed, config.decay_half_life_tokens, layout, group, clipped, decay=decay
+    )
+    if not config.include_current_token:
+        future_kl = future_kl - summed
+    if config.influence == "constant":
+        weights = torch.full_like(future_kl, config.constant_influence)
+    else:
+        weights = influence_weights(future_kl, terms.ratio, terms.advantages, config)
+    if config.influence == "shuffled":
+        assert sequence_numbers is not None, "checked with the other inputs"
+        weights = shuffle_within_responses(weights, terms.mask, sequence_numbers, layout, group)
+    return Influence(future_kl=future_kl, weights=weights, clipped_counts=counts)
 
 
 def participating_log_ratio(log_ratio: Tensor, advantages: Tensor, config: FipoConfig) -> Tensor:
@@ -25,10 +102,14 @@ def participating_log_ratio(log_ratio: Tensor, advantages: Tensor, config: FipoC
     values = log_ratio.detach()
     if config.participation_mask == "none":
         return values
-    leaves = beyond_dual_clip(values, config.dual_clip)
-    if config.participation_mask == "negative_advantage":
-        leaves = leaves & (advantages < 0)
-    return values.masked_fill(leaves, 0.0)
+    return values.masked_fill(_leaves_the_sum(values, advantages, config), 0.0)
+
+
+def _leaves_the_sum(log_ratio: Tensor, advantages: Tensor, config: FipoConfig) -> Tensor:
+    if config.participation_mask == "none":
+        return torch.zeros_like(log_ratio, dtype=torch.bool)
+    leaves = beyond_dual_clip(log_ratio, config.dual_clip)
+    return leaves & (advantages < 0) if config.participation_mask == "negative_advantage" else leaves
 
 
 def beyond_dual_clip(log_ratio: Tensor, dual_clip: float | None) -> Tensor:
@@ -52,8 +133,7 @@ def influence_weights(future_kl: Tensor, ratio: Tensor, advantages: Tensor, conf
     Returns:
         [T], the dtype of `future_kl`, without gradient.
     """
-    raw = future_kl.detach().exp()
-    weights = raw.clamp(config.influence_clip_low, config.influence_clip_high)
+    weights = future_kl.detach().exp().clamp(config.influence_clip_low, config.influence_clip_high)
     risky = (advantages < 0) & (ratio.detach() > config.safety_threshold)
     if config.safety_mode == "reset":
         return weights.masked_fill(risky, 1.0)

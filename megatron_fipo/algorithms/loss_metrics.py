@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.config.algorithm import AlgorithmConfig, FipoConfig
+from megatron_fipo.config.policy_gradient import ClippedSurrogateConfig
 from megatron_fipo.types import Accumulator, Distribution, Metrics
 
 RAW_CLAMP = 20.0
@@ -28,9 +29,11 @@ class PolicyTerms:
         log_ratio: log π_θ − log π_old, clamped; zero outside `mask`.
         ratio: Its exponential.
         advantages: Arbitrary outside `mask`.
-        clipped: Response tokens beyond the dual-clip bound with a negative advantage (bool).
-        future_kl: F; zeros for DAPO and GRPO.
-        influence_weights: f; ones for DAPO and GRPO.
+        clipped: Tokens beyond the dual-clip bound with a negative advantage (bool).
+        clipped_low: Tokens that a lower bound on the ratio has cut off (bool); None where there is no such bound.
+        clipped_high: The same for an upper bound.
+        future_kl: F; zeros without FIPO.
+        influence_weights: f; ones without FIPO.
         token_losses: After all clips.
         dropped_sequences: [N] bool, all false on ranks that do not count sequences.
     """
@@ -41,6 +44,8 @@ class PolicyTerms:
     ratio: Tensor
     advantages: Tensor
     clipped: Tensor
+    clipped_low: Tensor | None
+    clipped_high: Tensor | None
     future_kl: Tensor
     influence_weights: Tensor
     token_losses: Tensor
@@ -48,24 +53,24 @@ class PolicyTerms:
 
 
 def policy_metrics(terms: PolicyTerms, config: AlgorithmConfig) -> Metrics:
-    """Metrics of the clipped surrogate and, for FIPO, of the influence weights; the catalogue says what each is.
+    """Metrics of the surrogate and, for FIPO, of the influence weights; the catalogue says what each is.
 
     `train/loss` is a mean over kept tokens and the step-size ratio is about them; everything else is about all
     response tokens, dropped sequences included.
     """
     mask = terms.mask
-    high = (terms.advantages > 0) & (terms.ratio > 1 + config.clip_high)
-    low = (terms.advantages < 0) & (terms.ratio < 1 - config.clip_low)
     metrics: Metrics = {
         "train/loss": Accumulator.mean(terms.token_losses, terms.kept_mask),
         "train/policy_kl": Accumulator.mean(-terms.log_ratio, mask),
         "train/policy_kl_k3": Accumulator.mean(_k3(terms.log_ratio), mask),
-        "train/clip_fraction_low": Accumulator.mean(low, mask),
-        "train/clip_fraction_high": Accumulator.mean(high, mask),
         "train/length_weighted_advantage": Accumulator.mean(terms.advantages, mask),
         **_ratio_metrics(terms, config),
     }
-    if config.dual_clip is not None:
+    if terms.clipped_low is not None:
+        metrics["train/clip_fraction_low"] = Accumulator.mean(terms.clipped_low, mask)
+    if terms.clipped_high is not None:
+        metrics["train/clip_fraction_high"] = Accumulator.mean(terms.clipped_high, mask)
+    if isinstance(config, ClippedSurrogateConfig) and config.dual_clip is not None:
         metrics["fipo/dual_clip_fraction"] = Accumulator.mean(terms.clipped, mask)
     if isinstance(config, FipoConfig):
         metrics |= _influence_metrics(terms, config)
@@ -77,7 +82,7 @@ def _ratio_metrics(terms: PolicyTerms, config: AlgorithmConfig) -> Metrics:
     ratio = terms.ratio
     positive, negative = terms.mask & (terms.advantages > 0), terms.mask & (terms.advantages < 0)
     from_4 = ratio >= 4
-    if config.dual_clip is not None:
+    if isinstance(config, ClippedSurrogateConfig) and config.dual_clip is not None:
         from_4 = from_4 & (ratio <= config.dual_clip)
     return {
         "train/ratio_mean": Accumulator.mean(ratio, terms.mask),
@@ -129,6 +134,15 @@ def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Ten
         "train/mismatch_max": Accumulator.max(mismatch.abs(), mask),
         "train/mismatch_kl": Accumulator.mean(mismatch, mask),
         "train/mismatch_kl_k3": Accumulator.mean(_k3(-mismatch.clamp(-RAW_CLAMP, RAW_CLAMP)), mask),
+    }
+
+
+def reference_metrics(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Metrics:
+    """How far the policy has moved from the reference policy: [t], [t], [t] bool."""
+    difference = torch.where(mask, log_probs.double() - reference_log_probs.double(), 0.0)
+    return {
+        "train/reference_kl": Accumulator.mean(difference, mask),
+        "train/reference_kl_k3": Accumulator.mean(_k3(-difference.clamp(-RAW_CLAMP, RAW_CLAMP)), mask),
     }
 
 

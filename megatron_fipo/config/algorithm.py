@@ -1,110 +1,29 @@
-"""The policy-gradient algorithm: FIPO, DAPO or GRPO, with the published settings as presets."""
+"""The algorithm section: FIPO with its published settings as presets, or one of the baselines."""
 
 import dataclasses
 import math
 from typing import Any, Literal
 
 from megatron_fipo.config.base import ConfigError, config_class, require
+from megatron_fipo.config.baselines import (
+    CispoConfig,
+    DapoConfig,
+    DrGrpoConfig,
+    GmpoConfig,
+    GrpoConfig,
+    GspoConfig,
+    SapoConfig,
+)
+from megatron_fipo.config.policy_gradient import ClippedSurrogateConfig
 
-Aggregation = Literal["token_mean", "sequence_mean", "official_micro_batch"]
 ParticipationMask = Literal["all_tokens", "negative_advantage", "none"]
 SafetyMode = Literal["clamp", "reset"]
+InfluenceMode = Literal["future_kl", "shuffled", "constant"]
+DecayMode = Literal["constant", "variance"]
 
 
 @config_class
-class PolicyGradientConfig:
-    """What FIPO, DAPO and GRPO share: group-relative advantages and a clipped surrogate."""
-
-    updates_per_rollout: int = 8
-    """Optimizer steps (mini-batches) that one rollout batch is cut into. FIPO paper, Table 2: 512 / 64 =
-    8."""
-
-    clip_low: float = 0.2
-    """PPO clip: the ratio's lower bound is 1 − clip_low. DAPO and FIPO: 0.2."""
-
-    clip_high: float = 0.28
-    """PPO clip: the ratio's upper bound is 1 + clip_high ("clip-higher"). DAPO and FIPO: 0.28."""
-
-    dual_clip: float | None = 10.0
-    """Dual-clip bound c on the ratio: where the advantage is negative, a token's loss is at most c·|Ã|. Null
-    turns it off. DAPO and FIPO: 10."""
-
-    aggregation: Aggregation = "token_mean"
-    """How token losses are averaged: `token_mean` over all tokens of the mini-batch, `sequence_mean` over
-    sequences of their token means, `official_micro_batch` over each micro-batch's tokens and then over
-    samples (the official FIPO code; its value depends on how sequences are put into micro-batches)."""
-
-    normalize_advantages_by_std: bool = True
-    """Divide group-relative advantages by the group's standard deviation (FIPO, eq. 1). False: Dr. GRPO."""
-
-    advantage_epsilon: float = 1e-6
-    """Added to that standard deviation (reward units)."""
-
-    drop_zero_variance_groups: bool = True
-    """Dynamic sampling (DAPO): groups whose rewards are all equal are replaced by fresh ones."""
-
-    rollout_importance_cap: float | None = None
-    """Cap of the truncated importance factor min(π_old / π_rollout, cap) on token losses, against the
-    mismatch between trainer and rollout engine. It never enters the Future-KL. Null: no factor."""
-
-    log_ratio_clamp: float = 20.0
-    """Log-ratios (nats) are clamped to ± this before anything else. Official code: 20."""
-
-    def __post_init__(self) -> None:
-        """Refuse values outside their ranges."""
-        require(
-            self.updates_per_rollout >= 1,
-            field="updates_per_rollout",
-            value=self.updates_per_rollout,
-            rule="must be at least 1",
-            way_out="use the number of optimizer steps per rollout, 8 in the paper",
-        )
-        require(
-            0 < self.clip_low < 1,
-            field="clip_low",
-            value=self.clip_low,
-            rule="must lie between 0 and 1: the ratio is kept above 1 − clip_low",
-            way_out="use a deviation such as 0.2, not a bound such as 0.8",
-        )
-        require(
-            0 < self.clip_high < math.inf,
-            field="clip_high",
-            value=self.clip_high,
-            rule="must be positive and finite: the ratio is kept below 1 + clip_high",
-            way_out="use a deviation such as 0.28",
-        )
-        require(
-            0 < self.log_ratio_clamp <= 80,
-            field="log_ratio_clamp",
-            value=self.log_ratio_clamp,
-            rule="must lie in (0, 80]: beyond it a ratio overflows in float32",
-            way_out="use 20",
-        )
-        require(
-            self.dual_clip is None or 1 < self.dual_clip < math.exp(self.log_ratio_clamp),
-            field="dual_clip",
-            value=self.dual_clip,
-            rule="must be above 1 and below exp(log_ratio_clamp), or it could never act",
-            way_out="use 10, or null to turn the dual clip off",
-        )
-        require(
-            0 <= self.advantage_epsilon < math.inf,
-            field="advantage_epsilon",
-            value=self.advantage_epsilon,
-            rule="must be finite and not negative",
-            way_out="use 1e-6",
-        )
-        require(
-            self.rollout_importance_cap is None or self.rollout_importance_cap >= 1,
-            field="rollout_importance_cap",
-            value=self.rollout_importance_cap,
-            rule="must be at least 1",
-            way_out="use 2, or null to turn the factor off",
-        )
-
-
-@config_class
-class FipoConfig(PolicyGradientConfig):
+class FipoConfig(ClippedSurrogateConfig):
     """FIPO (arXiv:2603.19835): advantages weighted by the clipped exponential of the discounted Future-KL."""
 
     type: Literal["fipo"] = "fipo"
@@ -141,9 +60,37 @@ class FipoConfig(PolicyGradientConfig):
     sequence_drop_max_clipped_tokens: int = 1
     """Most such tokens a response may have and still be kept. Official code: 1."""
 
+    influence: InfluenceMode = "future_kl"
+    """Where the weights come from. Controls: `shuffled` deals the finished weights of each response to its tokens at
+    random (does it matter where they are?), `constant` gives every token `constant_influence` (is it more than a
+    longer step?)."""
+
+    constant_influence: float = 1.0
+    """The weight of every token with `influence = constant`."""
+
+    include_current_token: bool = True
+    """Whether the sum starts at the token itself (eq. 4, official code) or, as a control, behind it."""
+
+    self_normalize: bool = False
+    """Control: divide the loss by the sum of the weights instead of the number of tokens, so that they can
+    only move weight between tokens. Needs aggregation = token_mean."""
+
+    decay: DecayMode = "constant"
+    """`constant` is γ = 2^(−1/τ). Control `variance` (FIPO-K): a token's decay is smaller where the log-ratios
+    behind it vary more, with γ as the median of each response."""
+
+    variance_window_tokens: int = 64
+    """Positions behind a token over which `decay = variance` takes the variance. FIPO-K: 64."""
+
+    variance_decay_low: float = 0.5
+    """Smallest decay of `decay = variance`. FIPO-K: 0.5."""
+
+    variance_decay_high: float = 0.9995
+    """Largest decay of `decay = variance`. FIPO-K: 0.9995."""
+
     def __post_init__(self) -> None:
         """Refuse values outside their ranges and settings that make FIPO another algorithm in disguise."""
-        PolicyGradientConfig.__post_init__(self)
+        ClippedSurrogateConfig.__post_init__(self)
         require(
             self.updates_per_rollout >= 2,
             field="updates_per_rollout",
@@ -202,6 +149,38 @@ class FipoConfig(PolicyGradientConfig):
             way_out="set dual_clip = 10, or participation_mask = none",
         )
 
+        self._check_controls()
+
+    def _check_controls(self) -> None:
+        require(
+            0 < self.constant_influence < math.inf,
+            field="constant_influence",
+            value=self.constant_influence,
+            rule="must be positive and finite: it multiplies every advantage",
+            way_out="use the mean weight of the run to be controlled, fipo/influence_weight_mean",
+        )
+        require(
+            not self.self_normalize or self.aggregation == "token_mean",
+            field="self_normalize",
+            value=self.self_normalize,
+            rule=f"needs aggregation = token_mean, whose count of tokens it replaces (it is {self.aggregation})",
+            way_out="set aggregation = token_mean",
+        )
+        require(
+            self.variance_window_tokens >= 2,
+            field="variance_window_tokens",
+            value=self.variance_window_tokens,
+            rule="must be at least 2: a variance needs two tokens",
+            way_out="use 64",
+        )
+        require(
+            0 < self.variance_decay_low <= self.variance_decay_high <= 1,
+            field="variance_decay_low",
+            value=self.variance_decay_low,
+            rule=f"must lie in (0, variance_decay_high = {self.variance_decay_high}], and that at most at 1",
+            way_out="use 0.5 and 0.9995",
+        )
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "FipoConfig":
         """The published settings `name`, with single fields overridden.
@@ -223,36 +202,9 @@ class FipoConfig(PolicyGradientConfig):
         return cls(**{**FIPO_PRESETS[name], **overrides})
 
 
-@config_class
-class DapoConfig(PolicyGradientConfig):
-    """DAPO (arXiv:2503.14476): clip-higher, token mean, dynamic sampling. FIPO without its weights."""
-
-    type: Literal["dapo"] = "dapo"
-    """Which algorithm this section describes."""
-
-
-@config_class
-class GrpoConfig(PolicyGradientConfig):
-    """GRPO (arXiv:2402.03300) without a KL term: symmetric clip, mean over sequences, no dual clip."""
-
-    type: Literal["grpo"] = "grpo"
-    """Which algorithm this section describes."""
-
-    clip_high: float = 0.2
-    """PPO clip: the ratio's upper bound is 1 + clip_high. GRPO: 0.2."""
-
-    dual_clip: float | None = None
-    """Dual-clip bound c on the ratio: where the advantage is negative, a token's loss is at most c·|A|. GRPO:
-    off."""
-
-    aggregation: Aggregation = "sequence_mean"
-    """How token losses are averaged. GRPO: over sequences of their token means."""
-
-    drop_zero_variance_groups: bool = False
-    """Dynamic sampling: groups whose rewards are all equal are replaced by fresh ones. GRPO: off."""
-
-
-AlgorithmConfig = FipoConfig | DapoConfig | GrpoConfig
+AlgorithmConfig = (
+    FipoConfig | DapoConfig | GrpoConfig | DrGrpoConfig | GspoConfig | CispoConfig | SapoConfig | GmpoConfig
+)
 
 _SHARED_BY_PRESETS: dict[str, Any] = {
     "updates_per_rollout": 8,
@@ -260,15 +212,26 @@ _SHARED_BY_PRESETS: dict[str, Any] = {
     "clip_high": 0.28,
     "dual_clip": 10.0,
     "normalize_advantages_by_std": True,
+    "length_divisor": None,
     "advantage_epsilon": 1e-6,
     "drop_zero_variance_groups": True,
     "rollout_importance_cap": None,
+    "reference_kl_coefficient": 0.0,
+    "reference_kl_estimator": "k3",
     "log_ratio_clamp": 20.0,
     "decay_half_life_tokens": 32.0,
     "influence_clip_low": 1.0,
     "influence_clip_high": 1.2,
     "safety_threshold": 10.0,
     "sequence_drop_max_clipped_tokens": 1,
+    "influence": "future_kl",
+    "constant_influence": 1.0,
+    "include_current_token": True,
+    "self_normalize": False,
+    "decay": "constant",
+    "variance_window_tokens": 64,
+    "variance_decay_low": 0.5,
+    "variance_decay_high": 0.9995,
 }
 _OFFICIAL_CODE: dict[str, Any] = {
     **_SHARED_BY_PRESETS,
@@ -292,31 +255,3 @@ FIPO_PRESETS: dict[str, dict[str, Any]] = {
     "paper-v2": _PAPER,
 }
 """Every value of each published setting; docs/algorithm.md says where they come from and how they differ."""
-
-
-def effective_algorithm(config: AlgorithmConfig) -> str:
-    """Say which algorithm a configuration is: every value, and the published setting nearest to it.
-
-    Args:
-        config: The algorithm section.
-
-    Returns:
-        Lines of text: a heading, then one line a field; fields that differ from the nearest preset (FIPO) or
-        from the algorithm's defaults (DAPO, GRPO) show the other value too.
-    """
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    settings = FIPO_PRESETS if isinstance(config, FipoConfig) else {"defaults": dataclasses.asdict(type(config)())}
-    differences = {
-        name: [key for key, value in setting.items() if values[key] != value] for name, setting in settings.items()
-    }
-    nearest = min(differences, key=lambda name: len(differences[name]))
-    changed = differences[nearest]
-    title = f"{config.type}: equals {nearest}"
-    if changed:
-        title = f"{config.type}: {nearest} except {', '.join(changed)}"
-    lines = [title]
-    for key, value in values.items():
-        if key != "type":
-            note = f"  ({nearest}: {settings[nearest][key]})" if key in changed else ""
-            lines.append(f"  {key} = {value}{note}")
-    return "\n".join(lines)

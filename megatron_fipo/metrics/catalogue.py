@@ -337,6 +337,28 @@ _MISMATCH = Section(
     ),
 )
 
+_REFERENCE = Section(
+    "Distance from the reference policy",
+    "d is log π_θ − log π_ref of a response token, π_ref being the initial policy; reported where "
+    "algorithm.reference_kl_coefficient is above 0.",
+    (
+        Metric(
+            name="train/reference_kl",
+            description="Mean d: KL(π_θ ‖ π_ref) by the estimator k1, which may be negative.",
+            unit="nats",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="train/reference_kl_k3",
+            description="Mean of exp(−d) − 1 + d, d kept within ±20: the same by the estimator k3, never negative.",
+            unit="nats",
+            reduction="mean",
+            combination="mean",
+        ),
+    ),
+)
+
 _EVALUATION = Section(
     "Evaluation",
     "On held-out problems, after the step; in the lines of the steps that evaluate. A response is right by the verdict "
@@ -413,4 +435,4 @@ _PERFORMANCE = Section(
     ),
 )
 
-CATALOGUE = Catalogue((_STEP, _ROLLOUT, _DATA, _UPDATES, _FIPO, _MISMATCH, _EVALUATION, _PERFORMANCE))
+CATALOGUE = Catalogue((_STEP, _ROLLOUT, _DATA, _UPDATES, _FIPO, _MISMATCH, _REFERENCE, _EVALUATION, _PERFORMANCE))

@@ -12,7 +12,7 @@ from megatron_fipo.actor.forward import ActorForward
 from megatron_fipo.actor.model import build_model, build_provider, unwrap
 from megatron_fipo.actor.optimizer import ActorOptimizer
 from megatron_fipo.actor.train_step import TrainStep
-from megatron_fipo.config.algorithm import effective_algorithm
+from megatron_fipo.config.algorithm_card import effective_algorithm
 from megatron_fipo.config.base import require
 from megatron_fipo.config.load import dump_config, plain_values
 from megatron_fipo.config.run import RunConfig

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 from megatron_fipo.algorithms.future_kl import context_parallel, reference
-from megatron_fipo.algorithms.losses import LossInputs, LossOutput, policy_loss
-from megatron_fipo.config.algorithm import AlgorithmConfig, DapoConfig, FipoConfig, GrpoConfig
+from megatron_fipo.algorithms.policy_loss import LossInputs, LossOutput, policy_loss
+from megatron_fipo.config.algorithm import AlgorithmConfig, FipoConfig
+from megatron_fipo.config.baselines import DapoConfig, GrpoConfig
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.types import Accumulator, merge_metrics
 from tests.distributed_helpers import run_distributed

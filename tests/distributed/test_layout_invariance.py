@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_fipo.config.algorithm import DapoConfig, FipoConfig
+from megatron_fipo.config.algorithm import FipoConfig
+from megatron_fipo.config.baselines import DapoConfig
 from megatron_fipo.config.checkpoint import CheckpointConfig
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.optimizer import OptimizerConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_fipo.algorithms.losses import LossInputs, policy_loss
+from megatron_fipo.algorithms.policy_loss import LossInputs, policy_loss
 from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.metrics.reduce import reduce_metrics

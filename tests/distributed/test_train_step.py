@@ -21,7 +21,8 @@ from megatron_fipo.actor.model import unwrap
 from megatron_fipo.actor.optimizer import ActorOptimizer
 from megatron_fipo.actor.shard import packing_rules, shard_micro_batches
 from megatron_fipo.actor.train_step import TrainStep, UpdateResult
-from megatron_fipo.config.algorithm import DapoConfig, FipoConfig
+from megatron_fipo.config.algorithm import FipoConfig
+from megatron_fipo.config.baselines import DapoConfig
 from megatron_fipo.config.optimizer import OptimizerConfig
 from megatron_fipo.platform.device import compute_device
 from megatron_fipo.types import TrainBatch

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_fipo.algorithms.losses import LossInputs, dapo_loss, fipo_loss, policy_loss
-from megatron_fipo.config.algorithm import AlgorithmConfig, DapoConfig, FipoConfig, GrpoConfig
+from megatron_fipo.algorithms.losses import fipo_loss, policy_loss_on_rows
+from megatron_fipo.algorithms.policy_loss import LossInputs, policy_loss
+from megatron_fipo.config.algorithm import AlgorithmConfig, FipoConfig
+from megatron_fipo.config.baselines import DapoConfig, GrpoConfig
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.types import Distribution, Metrics, merge_metrics, quantile_suffix, render_metrics
@@ -55,7 +57,9 @@ def test_ratios_are_told_apart_by_the_sign_of_the_advantage() -> None:
     ratios = np.exp(draws.normal(0, 1, 4000))
     advantages = draws.choice([-1.0, 0.0, 1.0], 4000)
     mask = draws.random(4000) < 0.9
-    metrics = dapo_loss(**tokens(ratios.tolist(), advantages.tolist(), mask.tolist()), config=DapoConfig()).metrics
+    metrics = policy_loss_on_rows(
+        **tokens(ratios.tolist(), advantages.tolist(), mask.tolist()), config=DapoConfig()
+    ).metrics
     negative, positive = ratios[mask & (advantages < 0)], ratios[mask & (advantages > 0)]
     for level in (750, 995, 999):
         key = f"train/ratio_negative_{quantile_suffix(level)}"
@@ -73,7 +77,9 @@ def test_counts_of_large_ratios_end_at_the_dual_clip() -> None:
     keys = [f"train/ratio_negative_count_{name}" for name in ("2_3", "3_4", "4_c")]
 
     def counts(sign: float, dual_clip: float | None) -> list[float]:
-        metrics = dapo_loss(**tokens(ratios, [sign] * len(ratios)), config=DapoConfig(dual_clip=dual_clip)).metrics
+        metrics = policy_loss_on_rows(
+            **tokens(ratios, [sign] * len(ratios)), config=DapoConfig(dual_clip=dual_clip)
+        ).metrics
         return [metrics[key] for key in keys]
 
     assert counts(-1.0, 10.0) == [2, 3, 2]
@@ -83,12 +89,12 @@ def test_counts_of_large_ratios_end_at_the_dual_clip() -> None:
 
 def test_the_fraction_of_vanishing_ratios_is_of_positive_tokens() -> None:
     batch = tokens([1e-4, 9e-4, 0.5, 1e-5, 1.0], [1.0, 1.0, 1.0, -1.0, 2.0])
-    metrics = dapo_loss(**batch, config=DapoConfig()).metrics
+    metrics = policy_loss_on_rows(**batch, config=DapoConfig()).metrics
     assert metrics["train/ratio_positive_fraction_below_1e3"] == 0.5
 
 
 def test_a_sign_that_does_not_occur_has_no_metrics() -> None:
-    metrics = dapo_loss(**tokens([0.5, 2.0], [1.0, 1.0]), config=DapoConfig()).metrics
+    metrics = policy_loss_on_rows(**tokens([0.5, 2.0], [1.0, 1.0]), config=DapoConfig()).metrics
     assert {key for key in metrics if "negative" in key} == {
         f"train/ratio_negative_count_{name}" for name in ("2_3", "3_4", "4_c")
     }
@@ -96,14 +102,14 @@ def test_a_sign_that_does_not_occur_has_no_metrics() -> None:
 
 
 def test_both_estimators_of_the_kl() -> None:
-    metrics = dapo_loss(**tokens([0.5, 2.0, 1.0], [1.0, -1.0, 1.0]), config=DapoConfig()).metrics
+    metrics = policy_loss_on_rows(**tokens([0.5, 2.0, 1.0], [1.0, -1.0, 1.0]), config=DapoConfig()).metrics
     assert metrics["train/policy_kl"] == pytest.approx(0.0, abs=1e-12)
     assert metrics["train/policy_kl_k3"] == pytest.approx((0.5 + 2.0 + 1.0 - 3.0) / 3)
 
 
 def test_mismatch_is_seen_from_the_rollout() -> None:
     batch = tokens([1.0, 1.0], [1.0, 1.0]) | {"rollout_log_probs": torch.tensor([[math.log(2), -math.log(4)]])}
-    metrics = dapo_loss(**batch, config=DapoConfig()).metrics
+    metrics = policy_loss_on_rows(**batch, config=DapoConfig()).metrics
     assert metrics["train/mismatch_mean_abs"] == pytest.approx(1.5 * math.log(2))
     assert metrics["train/mismatch_max"] == pytest.approx(2 * math.log(2))
     assert metrics["train/mismatch_kl"] == pytest.approx(-0.5 * math.log(2))

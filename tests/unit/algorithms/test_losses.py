@@ -5,15 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fipo.algorithms.losses import (
-    LossInputs,
-    LossOutput,
-    dapo_loss,
-    fipo_loss,
-    grpo_loss,
-    policy_loss,
-)
-from megatron_fipo.config.algorithm import AlgorithmConfig, DapoConfig, FipoConfig, GrpoConfig
+from megatron_fipo.algorithms.losses import fipo_loss, policy_loss_on_rows
+from megatron_fipo.algorithms.policy_loss import LossInputs, LossOutput, policy_loss
+from megatron_fipo.config.algorithm import AlgorithmConfig, FipoConfig
+from megatron_fipo.config.baselines import DapoConfig, GrpoConfig
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.types import Metrics, merge_metrics, render_metrics
 from tests.unit.algorithms.oracle import Response, mini_batch_loss, response_terms
@@ -169,7 +164,7 @@ def rows(seed: int = 0, spread: float = 0.3, dtype: torch.dtype = torch.float32)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_on_policy_fipo_is_dapo_bit_for_bit(preset, aggregation):
     batch = rows(spread=0.0)
-    dapo = dapo_loss(**batch, config=DapoConfig(aggregation=aggregation))
+    dapo = policy_loss_on_rows(**batch, config=DapoConfig(aggregation=aggregation))
     (dapo_gradient,) = torch.autograd.grad(dapo.loss, batch["log_probs"])
     fipo = fipo_loss(**batch, config=FipoConfig.preset(preset, aggregation=aggregation))
     (fipo_gradient,) = torch.autograd.grad(fipo.loss, batch["log_probs"])
@@ -183,14 +178,14 @@ def test_on_policy_fipo_is_dapo_bit_for_bit(preset, aggregation):
 def test_weights_change_the_loss_off_policy():
     batch = rows()
     fipo = fipo_loss(**batch, config=FipoConfig())
-    assert fipo.loss != dapo_loss(**batch, config=DapoConfig()).loss
+    assert fipo.loss != policy_loss_on_rows(**batch, config=DapoConfig()).loss
     pinned = FipoConfig(influence_clip_low=1.0, influence_clip_high=1.0)
-    assert torch.equal(fipo_loss(**batch, config=pinned).loss, dapo_loss(**batch, config=DapoConfig()).loss)
+    assert torch.equal(fipo_loss(**batch, config=pinned).loss, policy_loss_on_rows(**batch, config=DapoConfig()).loss)
 
 
 def test_dapo_is_the_textbook_clipped_objective():
     batch = rows(spread=0.5)
-    result = dapo_loss(**batch, config=DapoConfig())
+    result = policy_loss_on_rows(**batch, config=DapoConfig())
     ratio = (batch["log_probs"] - batch["old_log_probs"]).exp()
     advantages = batch["advantages"][:, None].expand_as(ratio)
     objective = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
@@ -206,7 +201,7 @@ def test_dapo_is_the_textbook_clipped_objective():
 
 def test_grpo_averages_sequences_with_a_symmetric_clip():
     batch = rows(spread=0.5)
-    result = grpo_loss(**batch, config=GrpoConfig())
+    result = policy_loss_on_rows(**batch, config=GrpoConfig())
     ratio = (batch["log_probs"] - batch["old_log_probs"]).exp()
     advantages = batch["advantages"][:, None].expand_as(ratio)
     objective = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
@@ -224,9 +219,9 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages_only():
         "advantages": torch.tensor([-2.0, 2.0]),
         "response_mask": torch.ones(2, 1, dtype=torch.bool),
     }
-    result = dapo_loss(**batch, config=DapoConfig(dual_clip=10.0))
+    result = policy_loss_on_rows(**batch, config=DapoConfig(dual_clip=10.0))
     assert float(result.loss.detach()) == pytest.approx((10.0 * 2.0 - 1.28 * 2.0) / 2)
-    without = dapo_loss(**batch, config=DapoConfig(dual_clip=None))
+    without = policy_loss_on_rows(**batch, config=DapoConfig(dual_clip=None))
     assert float(without.loss.detach()) == pytest.approx((50.0 * 2.0 - 1.28 * 2.0) / 2, rel=1e-5)
 
 
@@ -330,7 +325,7 @@ def test_what_lies_outside_the_mask_is_never_read(section, garbage):
     assert clean.metrics == dirty.metrics
 
 
-_LOSSES = {FipoConfig: fipo_loss, DapoConfig: dapo_loss, GrpoConfig: grpo_loss}
+_LOSSES = {FipoConfig: fipo_loss, DapoConfig: policy_loss_on_rows, GrpoConfig: policy_loss_on_rows}
 
 
 @pytest.mark.parametrize("section", [FipoConfig, DapoConfig, GrpoConfig])
@@ -440,7 +435,7 @@ def test_clamped_log_ratios_have_no_gradient():
     batch = rows()
     batch["log_probs"] = (batch["old_log_probs"] - 25.0).requires_grad_()
     batch["advantages"] = torch.ones(5)
-    result = dapo_loss(**batch, config=DapoConfig())
+    result = policy_loss_on_rows(**batch, config=DapoConfig())
     result.loss.backward()
     assert float(result.loss.detach()) == pytest.approx(-math.exp(-20.0), rel=1e-5)
     assert not batch["log_probs"].grad.any()

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from megatron_fipo.config.algorithm import DapoConfig, FipoConfig, GrpoConfig
+from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.baselines import DapoConfig, GrpoConfig
 from megatron_fipo.config.data import DataConfig, JsonlPrompts, ReasoningGymPrompts
 from megatron_fipo.config.evaluate import EvaluateConfig, EvaluationData
 from megatron_fipo.config.evaluation import EvaluationConfig

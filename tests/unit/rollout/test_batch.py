@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_fipo.config.algorithm import AlgorithmConfig, DapoConfig
+from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.baselines import DapoConfig
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig

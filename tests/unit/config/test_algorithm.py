@@ -3,16 +3,35 @@ import math
 
 import pytest
 
-from megatron_fipo.config.algorithm import (
-    FIPO_PRESETS,
-    DapoConfig,
-    FipoConfig,
-    GrpoConfig,
-    effective_algorithm,
-)
+from megatron_fipo.config.algorithm import FIPO_PRESETS, FipoConfig
+from megatron_fipo.config.algorithm_card import effective_algorithm
 from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.baselines import (
+    CispoConfig,
+    DapoConfig,
+    DrGrpoConfig,
+    GmpoConfig,
+    GrpoConfig,
+    GspoConfig,
+    SapoConfig,
+)
 
+# What no published setting changes.
+SILENT = {
+    "length_divisor": None,
+    "reference_kl_coefficient": 0.0,
+    "reference_kl_estimator": "k3",
+    "influence": "future_kl",
+    "constant_influence": 1.0,
+    "include_current_token": True,
+    "self_normalize": False,
+    "decay": "constant",
+    "variance_window_tokens": 64,
+    "variance_decay_low": 0.5,
+    "variance_decay_high": 0.9995,
+}
 OFFICIAL_32B = {
+    **SILENT,
     "updates_per_rollout": 8,
     "clip_low": 0.2,
     "clip_high": 0.28,
@@ -66,7 +85,7 @@ def test_unknown_preset_and_unknown_field_are_refused():
         FipoConfig.preset("official-7b", decay_rate=32)
 
 
-def test_defaults_of_the_three_algorithms():
+def test_defaults():
     default = dataclasses.asdict(FipoConfig())
     assert default == {**OFFICIAL_32B, "aggregation": "token_mean"}
     dapo = dataclasses.asdict(DapoConfig())
@@ -79,6 +98,12 @@ def test_defaults_of_the_three_algorithms():
         "aggregation": "sequence_mean",
         "drop_zero_variance_groups": False,
     }
+    assert (GspoConfig().clip_low, GspoConfig().clip_high, GspoConfig().aggregation) == (3e-4, 4e-4, "sequence_mean")
+    assert (CispoConfig().weight_low, CispoConfig().weight_high, CispoConfig().aggregation) == (0.0, 5.0, "token_mean")
+    assert (SapoConfig().temperature_positive, SapoConfig().temperature_negative) == (1.0, 1.05)
+    assert (GmpoConfig().log_clip_low, GmpoConfig().log_clip_high) == (0.4, 0.4)
+    dr_grpo = DrGrpoConfig(length_divisor=512)
+    assert (dr_grpo.aggregation, dr_grpo.normalize_advantages_by_std) == ("sequence_sum", False)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +120,9 @@ def test_defaults_of_the_three_algorithms():
         ({"rollout_importance_cap": 0.5}, "at least 1"),
         ({"log_ratio_clamp": 0.0}, r"\(0, 80\]"),
         ({"log_ratio_clamp": 1e6}, r"\(0, 80\]"),
+        ({"reference_kl_coefficient": -0.1}, "not negative"),
+        ({"reference_kl_coefficient": math.inf}, "finite"),
+        ({"length_divisor": 512}, "must be null with aggregation"),
     ],
 )
 @pytest.mark.parametrize("section", [FipoConfig, DapoConfig, GrpoConfig])
@@ -128,6 +156,28 @@ def test_fipo_refuses_what_would_not_be_fipo(values, field, message):
     assert error.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "field", "message"),
+    [
+        (FipoConfig, {"constant_influence": 0.0}, "constant_influence", "positive"),
+        (FipoConfig, {"self_normalize": True, "aggregation": "sequence_mean"}, "self_normalize", "token_mean"),
+        (FipoConfig, {"variance_window_tokens": 1}, "variance_window_tokens", "at least 2"),
+        (FipoConfig, {"variance_decay_low": 0.9, "variance_decay_high": 0.5}, "variance_decay_low", "must lie in"),
+        (DapoConfig, {"aggregation": "sequence_sum"}, "length_divisor", "at least 1"),
+        (DrGrpoConfig, {"length_divisor": 0}, "length_divisor", "at least 1"),
+        (DrGrpoConfig, {"length_divisor": 9, "aggregation": "token_mean"}, "length_divisor", "does not read it"),
+        (CispoConfig, {"weight_low": 1.5}, "weight_low", r"\[0, 1\]"),
+        (CispoConfig, {"weight_high": 0.28}, "weight_high", "bounds the ratio itself"),
+        (SapoConfig, {"temperature_negative": 0.0}, "temperature_negative", "positive"),
+        (GmpoConfig, {"log_clip_high": -0.4}, "log_clip_high", "positive"),
+    ],
+)
+def test_what_an_algorithm_cannot_use_is_refused(section, values, field, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        section(**values)
+    assert error.value.field == field
+
+
 def test_one_update_is_allowed_without_influence_weights():
     assert DapoConfig(updates_per_rollout=1).updates_per_rollout == 1
 
@@ -157,3 +207,12 @@ def test_card_of_the_baselines():
     card = effective_algorithm(GrpoConfig(clip_low=0.1)).splitlines()
     assert card[0] == "grpo: defaults except clip_low"
     assert "  clip_low = 0.1  (defaults: 0.2)" in card
+
+
+def test_card_says_what_has_no_effect():
+    card = effective_algorithm(FipoConfig.preset("official-32b", influence="constant", constant_influence=1.1))
+    assert card.splitlines()[0] == "fipo: official-32b except influence, constant_influence"
+    assert "  decay_half_life_tokens = 32.0  (without effect: influence = constant)" in card.splitlines()
+    card = effective_algorithm(DrGrpoConfig(length_divisor=512)).splitlines()
+    assert card[0] == "dr_grpo: equals defaults"
+    assert "  advantage_epsilon = 1e-06  (without effect: normalize_advantages_by_std = False)" in card
