@@ -50,15 +50,23 @@ def future_kl(
         tokens on all ranks, [N] int64.
 
     Raises:
-        ValueError: The half-life is not positive, or `group` does not have `layout.cp_size` ranks.
+        ValueError: The half-life is not positive, a shape does not fit the layout, or `group` does not have
+            `layout.cp_size` ranks.
     """
     check_half_life(decay_half_life_tokens)
     check_group(layout, group)
+    for name, value in (("log_ratio", log_ratio), ("clipped", clipped), ("decay", decay)):
+        if value is not None and value.shape != (layout.num_local_tokens,):
+            raise ValueError(
+                f"{name}.shape = {tuple(value.shape)}: the layout holds {layout.num_local_tokens} tokens on this rank"
+            )
     if layout.cp_size == 1:
         sums = sums_from(None, log_ratio, decay_half_life_tokens, layout, decay)
         return sums, _count_by_segment(clipped, _plan(layout, log_ratio.device))
     mine = chunk_summaries(log_ratio, decay_half_life_tokens, layout, clipped, decay)
-    chunks = _gather_in_order(mine, layout, group)
+    gathered = mine.new_empty(layout.cp_size, *mine.shape)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), mine, group=group)
+    chunks = in_order_of_position(gathered, layout)
     sums = sums_from(fold(chunks, layout), log_ratio, decay_half_life_tokens, layout, decay)
     return sums, chunks[..., 2].sum(dim=1).long()
 
@@ -88,7 +96,18 @@ def chunk_summaries(
         heads = sums.new_zeros(len(plan.lengths)).index_copy_(0, plan.occupied, sums[first_tokens])
         decays = sums.new_ones(len(plan.lengths)).index_copy_(0, plan.occupied, products[first_tokens])
     counts = _count_by_segment(clipped, plan)
-    return torch.stack([heads, decays, counts.double()], dim=-1).view(layout.num_sequences, -1, 3)
+    shape = (layout.num_sequences, len(layout.local_chunk_numbers), 3)
+    return torch.stack([heads, decays, counts.double()], dim=-1).view(shape)
+
+
+def in_order_of_position(gathered: Tensor, layout: PackLayout) -> Tensor:
+    """Summaries of the K chunks of every sequence from those of ranks 0 … C−1: [C, N, c, 3] to [N, K, 3]."""
+    chunks: dict[int, Tensor] = {}
+    for rank in range(layout.cp_size):
+        for place, number in enumerate(layout.on_rank(rank).local_chunk_numbers):
+            chunks[number] = gathered[rank, :, place]
+    # Stacked slices: an index list would be copied to the device, and the host would wait for it.
+    return torch.stack([chunks[number] for number in range(layout.chunks_per_sequence)], dim=1)
 
 
 def fold(chunks: Tensor, layout: PackLayout) -> Tensor:
@@ -144,17 +163,5 @@ def _count_by_segment(clipped: Tensor | None, plan: SegmentPlan) -> Tensor:
     """Marked tokens of every segment: [S] int64."""
     if clipped is None:
         return torch.zeros_like(plan.segment_lengths)
-    running = torch.nn.functional.pad(clipped.cumsum(dim=0), (1, 0))
-    return running[plan.bounds].diff()
-
-
-def _gather_in_order(mine: Tensor, layout: PackLayout, group: dist.ProcessGroup | None) -> Tensor:
-    """Summaries of all ranks' chunks, in order of position: [N, c, 3] to [N, K, 3]."""
-    gathered = mine.new_empty(layout.cp_size, *mine.shape)
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), mine.contiguous(), group=group)
-    chunks: dict[int, Tensor] = {}
-    for rank in range(layout.cp_size):
-        for place, number in enumerate(layout.on_rank(rank).local_chunk_numbers):
-            chunks[number] = gathered[rank, :, place]
-    # Stacked slices: an index list would be copied to the device, and the host would wait for it.
-    return torch.stack([chunks[number] for number in range(layout.chunks_per_sequence)], dim=1)
+    running = torch.nn.functional.pad(clipped.cumsum(dim=0, dtype=torch.int32), (1, 0))
+    return running[plan.bounds].diff().long()

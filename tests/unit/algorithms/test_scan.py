@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.algorithms.future_kl import reference, scan
+from tests.host_waits import NoHostWaits
 
 HALF_LIVES = st.sampled_from([0.01, 0.7, 8.0, 32.0, 256.0, 1e12, math.inf])
-RAGGED = st.lists(st.integers(0, 200) | st.sampled_from([63, 64, 65, 128, 129]), max_size=6)
+RAGGED = st.lists(st.integers(0, 200) | st.sampled_from([31, 32, 33, 64, 65, 128]), max_size=6)
 
 
 def packed(lengths: list[int], seed: int) -> tuple[torch.Tensor, list[int]]:
@@ -29,11 +30,66 @@ def test_scan_equals_the_definition(lengths, half_life, seed):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
+@given(lengths=RAGGED, half_life=HALF_LIVES, seed=st.integers(0, 2**16), with_decay=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_the_recurrence_equals_the_definition(lengths, half_life, seed, with_decay):
+    log_ratio, cu_seqlens = packed(lengths, seed)
+    decay = draw_decay(len(log_ratio), seed) if with_decay else None
+    expected = reference.future_kl(log_ratio, half_life, cu_seqlens, decay)
+    actual = reference.future_kl_by_recurrence(log_ratio, half_life, cu_seqlens, decay)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+def draw_decay(count: int, seed: int) -> torch.Tensor:
+    """A decay for every token: a third exactly 0, a third exactly 1."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    kinds = torch.randint(0, 3, (count,), generator=generator)
+    return torch.where(kinds == 2, torch.rand(count, generator=generator, dtype=torch.float64), kinds.double())
+
+
+@given(lengths=RAGGED, seed=st.integers(0, 2**16))
+@settings(max_examples=60, deadline=None)
+def test_a_decay_for_every_token_equals_the_definition(lengths, seed):
+    log_ratio, cu_seqlens = packed(lengths, seed)
+    decay = draw_decay(len(log_ratio), seed)
+    plan = scan.segment_plan(tuple(lengths), torch.device("cpu"))
+    sums, products = scan.segmented_reverse_scan(log_ratio, decay, plan)
+    expected = reference.future_kl(log_ratio, 1.0, cu_seqlens, decay)
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
+    by_hand = [part.flip(0).cumprod(0).flip(0) for part in decay.split(lengths)]
+    torch.testing.assert_close(products, torch.cat([products[:0], *by_hand]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_decays_of_zero_and_one_are_exact(decay):
+    values, _ = packed([3000], seed=9)
+    values = (values * 8).round()
+    plan = scan.segment_plan((3000,), values.device)
+    sums, products = scan.segmented_reverse_scan(values, torch.full_like(values, decay), plan)
+    assert torch.equal(sums, values if decay == 0.0 else values.flip(0).cumsum(0).flip(0))
+    assert torch.equal(products, torch.full_like(values, decay))
+
+
+@given(lengths=RAGGED, half_life=HALF_LIVES, seed=st.integers(0, 2**16))
+@settings(max_examples=40, deadline=None)
+def test_what_follows_a_segment_is_decayed_by_its_distance(lengths, half_life, seed):
+    values, cu_seqlens = packed(lengths, seed)
+    following, _ = packed([len(lengths)], seed + 1)
+    plan = scan.segment_plan(tuple(lengths), values.device)
+    actual = scan.segmented_reverse_sum(values, half_life, plan, following)
+    alone = reference.future_kl(values, half_life, cu_seqlens)
+    distance = torch.cat([values[:0], *(torch.arange(each, 0, -1, dtype=torch.float64) for each in lengths)])
+    behind = following.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    torch.testing.assert_close(actual, alone + torch.exp2(-distance / half_life) * behind, rtol=0, atol=1e-12)
+    heads = [float(part[0]) if len(part) else 0.0 for part in alone.split(lengths)]
+    assert scan.segment_heads(values, half_life, plan).tolist() == pytest.approx(heads, rel=0, abs=1e-12)
+
+
 @pytest.mark.parametrize("half_life", [32.0, math.inf])
-def test_scan_equals_the_definition_over_three_levels_of_blocks(half_life):
-    log_ratio, cu_seqlens = packed([3, 5000, 4097], seed=1)
-    expected = reference.future_kl(log_ratio, half_life, cu_seqlens)
-    torch.testing.assert_close(scan.future_kl(log_ratio, half_life, cu_seqlens), expected, rtol=0, atol=1e-11)
+def test_scan_equals_the_recurrence_over_four_levels_of_blocks(half_life):
+    log_ratio, cu_seqlens = packed([3, 33_000, 4097], seed=1)
+    expected = reference.future_kl_by_recurrence(log_ratio, half_life, cu_seqlens)
+    torch.testing.assert_close(scan.future_kl(log_ratio, half_life, cu_seqlens), expected, rtol=0, atol=1e-10)
 
 
 @given(length=st.integers(2, 300), cut=st.floats(0, 1), half_life=HALF_LIVES, seed=st.integers(0, 2**16))
@@ -95,7 +151,9 @@ def test_low_precision_input_is_summed_in_high_precision(dtype):
     log_ratio = (torch.randn(4000, generator=torch.Generator().manual_seed(7)) * 0.05).to(dtype)
     future_kl = scan.future_kl(log_ratio, 256.0)
     assert future_kl.dtype == torch.float32
-    torch.testing.assert_close(future_kl, reference.future_kl(log_ratio, 256.0).float(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        future_kl, reference.future_kl_by_recurrence(log_ratio, 256.0).float(), rtol=1e-6, atol=1e-7
+    )
 
 
 def test_cu_seqlens_may_be_a_tensor_or_integers():
@@ -108,6 +166,28 @@ def test_nothing_in_nothing_out():
     assert scan.future_kl(torch.zeros(0), 32.0).shape == (0,)
     assert scan.future_kl(torch.zeros(0), 32.0, [0, 0, 0]).shape == (0,)
     assert scan.future_kl(torch.zeros(3, 0), 32.0).shape == (3, 0)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 100, 100, 4000]])
+def test_nothing_needs_a_value_on_the_host(cu_seqlens):
+    # Tensors on the meta device have no values: whatever asked for one would raise.
+    with NoHostWaits():
+        future_kl = scan.future_kl(torch.empty(4000, device="meta"), 32.0, cu_seqlens)
+    assert future_kl.is_meta and future_kl.shape == (4000,)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda values: values.sum().item(),
+        lambda values: values[values > 0],
+        lambda values: values.nonzero(),
+        lambda values: values.repeat_interleave(torch.ones(4, dtype=torch.int64)),
+    ],
+)
+def test_the_check_for_waits_sees_them(operation):
+    with pytest.raises(AssertionError, match="the host would wait"), NoHostWaits():
+        operation(torch.ones(4))
 
 
 def test_no_gradient_flows():
