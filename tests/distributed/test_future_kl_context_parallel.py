@@ -1,6 +1,7 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +12,21 @@ from megatron_fipo.algorithms.future_kl import context_parallel, reference
 from megatron_fipo.algorithms.policy_loss import LossInputs, LossOutput, policy_loss
 from megatron_fipo.config.algorithm import AlgorithmConfig, FipoConfig
 from megatron_fipo.config.baselines import DapoConfig, GrpoConfig
-from megatron_fipo.parallel.layout import PackLayout
+from megatron_fipo.parallel.layout import PackLayout, Scheme
+from megatron_fipo.parallel.packs import gather_pack
 from megatron_fipo.types import Accumulator, merge_metrics
 from tests.distributed_helpers import run_distributed
+from tests.host_waits import NoHostWaits
 
 pytestmark = pytest.mark.distributed
 
 DROPPED = "fipo/dropped_sequences"
 HALF_LIVES = [0.5, 32.0, 256.0, math.inf]
-# Tokens of a chunk, so that every length fits every rank count: one token, a block of 64, and beside it.
-CHUNK_LENGTHS = [(1,), (3, 1, 64), (65, 16, 130, 2), (150, 1)]
+# Ragged, with empty chunks and sequences shorter than 2 · cp_size; a padded pack; a single token; nothing at all.
+PACKS = [(65, 16, 0, 1300, 2, 7, 33), (48, 16, 160), (1,), (0, 0)]
+SCHEMES: tuple[Scheme, ...] = ("zigzag", "contiguous")
+LOSS_SCHEMES: dict[int, Scheme] = {2: "contiguous", 4: "zigzag"}
+"""How the losses' pack is cut, by the number of ranks."""
 
 LOSSES: dict[str, AlgorithmConfig] = {
     "official-32b": FipoConfig.preset("official-32b"),
@@ -35,38 +41,106 @@ LOSSES: dict[str, AlgorithmConfig] = {
 }
 
 
-def scans_on_one_rank(cp_size: int) -> list[tuple[float, bool, int]]:
-    """Largest error of the Future-KL, whether the counts agree, and collectives run, case by case."""
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What every rank of a group found, all cases in one launch."""
+    return run_distributed(on_one_rank, request.param, request.param)
+
+
+def on_one_rank(cp_size: int) -> dict[str, Any]:
+    return {
+        "scans": scans_on_one_rank(cp_size),
+        "packs": packs_on_one_rank(cp_size),
+        "losses": losses_on_one_rank(cp_size, LOSS_SCHEMES[cp_size]) if cp_size in LOSS_SCHEMES else [],
+    }
+
+
+def layouts_on_one_rank(cp_size: int) -> list[PackLayout]:
+    return [PackLayout(lengths, cp_size, dist.get_rank(), scheme) for lengths in PACKS for scheme in SCHEMES]
+
+
+def scans_on_one_rank(cp_size: int) -> list[dict[str, Any]]:
     results = []
-    for chunks, half_life in itertools.product(CHUNK_LENGTHS, HALF_LIVES):
-        layout = PackLayout(tuple(2 * cp_size * length for length in chunks), cp_size=cp_size, cp_rank=dist.get_rank())
+    for layout, half_life, with_decay in itertools.product(layouts_on_one_rank(cp_size), HALF_LIVES, [False, True]):
         generator = torch.Generator().manual_seed(7)
         log_ratio = torch.randn(layout.num_tokens, generator=generator, dtype=torch.float64)
         clipped = torch.rand(layout.num_tokens, generator=generator) < 0.3
-        expected = layout.shard(reference.future_kl(log_ratio, half_life, layout.cu_seqlens))
-        with CommDebugMode() as communication:
+        decay = torch.rand(layout.num_tokens, generator=generator, dtype=torch.float64) if with_decay else None
+        expected = layout.shard(reference.future_kl_by_recurrence(log_ratio, half_life, layout.cu_seqlens, decay))
+        values = layout.shard(log_ratio).requires_grad_()
+        with CommDebugMode() as communication, NoHostWaits():
             future_kl, counts = context_parallel.future_kl(
-                layout.shard(log_ratio), half_life, layout, dist.group.WORLD, layout.shard(clipped)
+                values,
+                half_life,
+                layout,
+                dist.group.WORLD,
+                layout.shard(clipped),
+                None if decay is None else layout.shard(decay),
             )
-        wanted = [int(part.sum()) for part in clipped.split(layout.padded_lengths)]
         results.append(
-            (
-                float((future_kl - expected).abs().max()),
-                counts.tolist() == wanted,
-                communication.get_total_counts(),
-            )
+            {
+                "case": (layout, half_life, with_decay),
+                "error": float((future_kl - expected).abs().max()) if len(expected) else 0.0,
+                "counts": counts.tolist(),
+                "expected_counts": [int(part.sum()) for part in clipped.split(layout.padded_lengths)],
+                "collectives": {str(name): count for name, count in communication.get_comm_counts().items()},
+                "requires_grad": future_kl.requires_grad,
+            }
         )
     return results
 
 
-@pytest.mark.parametrize("cp_size", [2, 4])
-def test_scan_across_ranks_equals_the_definition_with_one_collective(cp_size):
-    for cases in run_distributed(scans_on_one_rank, cp_size, cp_size):
-        assert len(cases) == len(CHUNK_LENGTHS) * len(HALF_LIVES)
-        for error, counts_agree, num_collectives in cases:
-            assert error < 1e-11
-            assert counts_agree
-            assert num_collectives == 1
+@pytest.mark.parametrize("ranks", [2, 4, 8], indirect=True)
+def test_scan_across_ranks_equals_the_definition_with_one_all_gather(ranks):
+    for rank in ranks:
+        assert len(rank["scans"]) == len(PACKS) * len(SCHEMES) * len(HALF_LIVES) * 2
+        for scan in rank["scans"]:
+            assert scan["error"] < 1e-12, scan["case"]
+            assert scan["counts"] == scan["expected_counts"], scan["case"]
+            assert list(scan["collectives"].values()) == [1], scan["collectives"]
+            assert "allgather" in next(iter(scan["collectives"]))
+            assert not scan["requires_grad"]
+
+
+def packs_on_one_rank(cp_size: int) -> list[dict[str, Any]]:
+    results = []
+    for layout, trailing, dtype in itertools.product(
+        layouts_on_one_rank(cp_size), [(), (3,)], [torch.float32, torch.int64]
+    ):
+        whole = torch.arange(layout.num_tokens * math.prod(trailing)).reshape(-1, *trailing).to(dtype)
+        values = layout.shard(whole)
+        with CommDebugMode() as communication, NoHostWaits():
+            gathered = gather_pack(values.requires_grad_(dtype.is_floating_point), layout, dist.group.WORLD)
+        results.append(
+            {
+                "case": (layout, trailing, dtype),
+                "equal": gathered.tolist() == whole.tolist() and gathered.dtype == dtype,
+                "collectives": communication.get_total_counts(),
+                "requires_grad": gathered.requires_grad,
+            }
+        )
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8], indirect=True)
+def test_a_gathered_pack_is_whole_and_in_order(ranks):
+    for rank in ranks:
+        for pack in rank["packs"]:
+            assert pack["equal"], pack["case"]
+            assert pack["collectives"] == 1, pack["case"]
+            assert not pack["requires_grad"]
+
+
+def test_a_group_that_does_not_fit_the_layout_is_refused():
+    layout = PackLayout((8,), 2)
+    for call in (
+        lambda: gather_pack(torch.zeros(4), layout, None),
+        lambda: context_parallel.future_kl(torch.zeros(4), 32.0, layout, None),
+    ):
+        with pytest.raises(ValueError, match="group = None: the layout has cp_size = 2; pass the context-parallel"):
+            call()
+    with pytest.raises(ValueError, match=r"values.shape\[0\] = 3: this rank holds 8 tokens"):
+        gather_pack(torch.zeros(3), PackLayout((8,)), None)
 
 
 TWO_CLIPPED_TOKENS = 4
@@ -74,7 +148,7 @@ TWO_CLIPPED_TOKENS = 4
 
 
 def whole_pack(seed: int, spread: float) -> LossInputs:
-    """A pack that fits 1, 2 and 4 ranks.
+    """The pack that the losses are compared on.
 
     One sequence has a long response, one has it in its first eighth only (held by a single rank), one in
     the last token, one is filler, and one has several response spans (tool calls between them).
@@ -107,8 +181,8 @@ def whole_pack(seed: int, spread: float) -> LossInputs:
     )
 
 
-def on_rank(inputs: LossInputs, cp_size: int, cp_rank: int) -> LossInputs:
-    layout = PackLayout(inputs.layout.padded_lengths, cp_size, cp_rank)
+def on_rank(inputs: LossInputs, cp_size: int, cp_rank: int, scheme: Scheme = "zigzag") -> LossInputs:
+    layout = PackLayout(inputs.layout.padded_lengths, cp_size, cp_rank, scheme)
     names = ["old_log_probs", "advantages", "response_mask", "rollout_log_probs", "entropy"]
     return replace(
         inputs,
@@ -137,10 +211,10 @@ def plain(output: LossOutput, gradient: torch.Tensor) -> dict:
     }
 
 
-def losses_on_one_rank(cp_size: int) -> list[dict]:
+def losses_on_one_rank(cp_size: int, scheme: Scheme = "zigzag") -> list[dict]:
     results = []
     for name, (seed, spread) in CASES:
-        inputs = on_rank(whole_pack(seed, spread), cp_size, dist.get_rank() if cp_size > 1 else 0)
+        inputs = on_rank(whole_pack(seed, spread), cp_size, dist.get_rank() if cp_size > 1 else 0, scheme)
         group = dist.group.WORLD if cp_size > 1 else None
         with CommDebugMode() as communication:
             output = policy_loss(inputs, LOSSES[name], group)
@@ -149,14 +223,13 @@ def losses_on_one_rank(cp_size: int) -> list[dict]:
     return results
 
 
-@pytest.mark.parametrize("cp_size", [2, 4])
-def test_the_loss_does_not_depend_on_the_number_of_ranks(cp_size):
-    ranks = run_distributed(losses_on_one_rank, cp_size, cp_size)
+@pytest.mark.parametrize("ranks", LOSS_SCHEMES, indirect=True)
+def test_the_loss_does_not_depend_on_the_number_of_ranks(ranks):
     for index, ((name, (seed, spread)), one) in enumerate(zip(CASES, losses_on_one_rank(1), strict=True)):
         case = f"{name}, seed {seed}"
-        parts = [rank[index] for rank in ranks]
+        parts = [rank["losses"][index] for rank in ranks]
         pack = whole_pack(seed, spread)
-        layout = PackLayout(pack.layout.padded_lengths, cp_size)
+        layout = PackLayout(pack.layout.padded_lengths, len(ranks), scheme=LOSS_SCHEMES[len(ranks)])
         total = sum(part["numerator"] for part in parts)
         assert total == pytest.approx(one["numerator"], rel=1e-7, abs=1e-9), case
         assert sum(part["denominator"] for part in parts) == one["denominator"], case
