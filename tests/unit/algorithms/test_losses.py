@@ -6,118 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.algorithms.losses import fipo_loss, policy_loss_on_rows
-from megatron_fipo.algorithms.policy_loss import LossInputs, LossOutput, policy_loss
-from megatron_fipo.config.algorithm import AlgorithmConfig, FipoConfig
+from megatron_fipo.algorithms.policy_loss import LossInputs, policy_loss
+from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.config.baselines import DapoConfig, GrpoConfig
 from megatron_fipo.parallel.layout import PackLayout
-from megatron_fipo.types import Metrics, merge_metrics, render_metrics
-from tests.unit.algorithms.oracle import Response, mini_batch_loss, response_terms
+from megatron_fipo.types import render_metrics
+from tests.unit.algorithms.responses import pack, random_responses, response, update
 
 AGGREGATIONS = ["token_mean", "sequence_mean", "official_micro_batch"]
-RULES = {
-    "official-32b": FipoConfig.preset("official-32b"),
-    "official-7b": FipoConfig.preset("official-7b"),
-    "official, clip ratio 0": FipoConfig.preset("official-7b", influence_clip_low=0.0, influence_clip_high=10.0),
-    "paper-v1": FipoConfig.preset("paper-v1", safety_threshold=3.0),
-    "paper-v2": FipoConfig.preset("paper-v2"),
-    "sequence mean": FipoConfig.preset("official-7b", aggregation="sequence_mean", dual_clip=3.0),
-    "short horizon": FipoConfig(decay_half_life_tokens=1.0, influence_clip_low=0.5, participation_mask="none"),
-}
-
-
-def random_responses(count: int, seed: int, spread: float) -> list[Response]:
-    """Responses of 1 to 30 tokens whose log-ratios have the given spread (1.5 reaches every rule)."""
-    generator = torch.Generator().manual_seed(seed)
-    responses = []
-    for _ in range(count):
-        length = int(torch.randint(1, 31, (), generator=generator))
-        old = -torch.rand(length, generator=generator, dtype=torch.float64) * 3
-        shift = torch.randn(length, generator=generator, dtype=torch.float64) * spread
-        if torch.rand((), generator=generator) < 0.2:
-            shift[int(torch.randint(0, length, (), generator=generator))] *= 40.0
-        advantage = float(torch.randn((), generator=generator, dtype=torch.float64))
-        responses.append(Response(log_probs=(old + shift).tolist(), old_log_probs=old.tolist(), advantage=advantage))
-    return responses
-
-
-def pack(
-    responses: list[Response],
-    *,
-    prompt: int = 2,
-    padding: int = 1,
-    fill: float = math.nan,
-    dtype: torch.dtype = torch.float64,
-) -> LossInputs:
-    """One micro-batch: each response behind `prompt` tokens and before `padding`, both full of `fill`."""
-
-    def column(values: list[list[float]]) -> torch.Tensor:
-        pieces = [[fill] * prompt + row + [fill] * padding for row in values]
-        return torch.tensor([value for piece in pieces for value in piece], dtype=dtype)
-
-    lengths = [len(response.log_probs) for response in responses]
-    mask = [[0.0] * prompt + [1.0] * length + [0.0] * padding for length in lengths]
-    return LossInputs(
-        log_probs=column([response.log_probs for response in responses]).requires_grad_(),
-        old_log_probs=column([response.old_log_probs for response in responses]),
-        advantages=column([[response.advantage] * len(response.log_probs) for response in responses]),
-        response_mask=torch.tensor([value for row in mask for value in row]).bool(),
-        response_lengths=torch.tensor(lengths, dtype=torch.int64),
-        layout=PackLayout(tuple(prompt + length + padding for length in lengths)),
-    )
-
-
-def mini_batch(
-    micro_batches: list[LossInputs], config: AlgorithmConfig
-) -> tuple[float, list[float], Metrics, list[LossOutput]]:
-    """Loss, gradient on response tokens, metrics and outputs of micro-batches taken together."""
-    outputs = [policy_loss(inputs, config) for inputs in micro_batches]
-    denominator = sum(int(output.denominator) for output in outputs)
-    total = sum(output.numerator for output in outputs) / max(denominator, 1)
-    leaves = [inputs.log_probs for inputs in micro_batches]
-    gradients = torch.autograd.grad(total, leaves)
-    for inputs, gradient in zip(micro_batches, gradients, strict=True):
-        assert not gradient[~inputs.response_mask].any()
-    flat = [gradient[inputs.response_mask] for inputs, gradient in zip(micro_batches, gradients, strict=True)]
-    metrics = merge_metrics([output.metrics for output in outputs])
-    return float(total.detach()), torch.cat(flat).tolist(), metrics, outputs
-
-
-@pytest.mark.parametrize("name", RULES)
-@given(seed=st.integers(0, 2**16), spread=st.sampled_from([0.02, 0.3, 1.5]), count=st.integers(1, 7))
-@settings(max_examples=25, deadline=None)
-def test_equals_the_rules_written_token_by_token(name, seed, spread, count):
-    config = RULES[name]
-    responses = random_responses(count, seed, spread)
-    cut = count // 2
-    groups = [group for group in (responses[:cut], responses[cut:]) if group]
-    expected = mini_batch_loss(groups, config)
-    loss, gradient, metrics, outputs = mini_batch([pack(group) for group in groups], config)
-
-    assert loss == pytest.approx(expected.loss, rel=1e-9, abs=1e-12)
-    flat = [value for row in expected.gradients for value in row]
-    assert gradient == pytest.approx(flat, rel=1e-9, abs=1e-12)
-    assert float(metrics["fipo/dropped_sequences"].total) == expected.num_dropped
-    terms = [response_terms(response, config) for response in responses]
-    masks = [pack(group).response_mask for group in groups]
-    for name_, field in (("future_kl", "future_kl"), ("influence_weights", "weights")):
-        actual = torch.cat([getattr(output, name_)[mask] for output, mask in zip(outputs, masks, strict=True)])
-        wanted = [value for term in terms for value in getattr(term, field)]
-        assert actual.tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-9)
-
-
-def test_random_responses_reach_every_rule():
-    config = RULES["official-7b"]
-    responses = random_responses(200, seed=0, spread=1.5)
-    terms = [response_terms(response, config) for response in responses]
-    assert 0 < sum(term.dropped(config) for term in terms) < 200
-    assert any(term.num_clipped == 1 for term in terms)
-    weights = {round(weight, 9) for term in terms for weight in term.weights}
-    assert {0.8, 1.0, 1.2} < weights
-    assert any(
-        abs(new - old) > 20
-        for response in responses
-        for new, old in zip(response.log_probs, response.old_log_probs, strict=True)
-    )
 
 
 def test_hand_computed_example():
@@ -271,7 +167,7 @@ def test_a_sequence_is_kept(num_clipped, advantage, values):
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_all_sequences_dropped_gives_zero(aggregation):
     config = FipoConfig(aggregation=aggregation)
-    inputs = pack([Response(log_probs=[3.0, 3.0], old_log_probs=[0.0, 0.0], advantage=-1.0)] * 2)
+    inputs = pack([response([3.0, 3.0], -1.0)] * 2)
     output = policy_loss(inputs, config)
     output.numerator.backward()
     assert float(output.numerator.detach()) == 0.0
@@ -354,9 +250,9 @@ def test_nan_in_a_dropped_sequence_surfaces():
 @settings(max_examples=20, deadline=None)
 def test_prompt_and_padding_change_nothing(aggregation, seed, prompt, padding):
     config = FipoConfig.preset("official-7b", aggregation=aggregation)
-    responses = random_responses(4, seed, 0.8)
-    plain = mini_batch([pack(responses, prompt=0, padding=0)], config)
-    padded = mini_batch([pack(responses, prompt=prompt, padding=padding)], config)
+    responses = random_responses(4, seed)
+    plain = update([pack(responses, prompt=0, padding=0)], config)
+    padded = update([pack(responses, prompt=prompt, padding=padding)], config)
     assert padded[0] == pytest.approx(plain[0], rel=1e-13, abs=1e-15)
     assert padded[1] == pytest.approx(plain[1], rel=1e-13, abs=1e-15)
 
@@ -366,27 +262,27 @@ def test_prompt_and_padding_change_nothing(aggregation, seed, prompt, padding):
 @settings(max_examples=20, deadline=None)
 def test_micro_batch_split_and_order_change_nothing(aggregation, data, seed):
     config = FipoConfig.preset("official-7b", aggregation=aggregation)
-    responses = random_responses(6, seed, 1.0)
-    whole_loss, whole_gradient, whole_metrics, _ = mini_batch([pack(responses)], config)
+    responses = random_responses(6, seed)
+    whole_loss, whole_gradient, whole_metrics, _ = update([pack(responses)], config)
     order = data.draw(st.permutations(range(6)))
     cut = data.draw(st.integers(1, 5))
     parts = [[responses[i] for i in order[:cut]], [responses[i] for i in order[cut:]]]
-    loss, gradient, metrics, _ = mini_batch([pack(part) for part in parts], config)
+    loss, gradient, metrics, _ = update([pack(part) for part in parts], config)
     assert loss == pytest.approx(whole_loss, rel=1e-12, abs=1e-14)
-    lengths = [len(response.log_probs) for response in responses]
+    lengths = [len(one.log_probs) for one in responses]
     pieces = torch.tensor(whole_gradient, dtype=torch.float64).split(lengths)
     reordered = torch.cat([pieces[i] for i in order]).tolist()
     assert gradient == pytest.approx(reordered, rel=1e-12, abs=1e-14)
-    assert render_metrics(metrics) == pytest.approx(render_metrics(whole_metrics), rel=1e-12, abs=1e-12)
+    assert metrics == pytest.approx(whole_metrics, rel=1e-12, abs=1e-12)
 
 
 def test_official_averaging_depends_on_the_partition_and_token_mean_does_not():
-    responses = random_responses(6, seed=11, spread=0.3)
+    responses = random_responses(6, seed=11)
     losses = {}
     for aggregation in AGGREGATIONS:
         config = FipoConfig(aggregation=aggregation)
-        whole = mini_batch([pack(responses)], config)[0]
-        split = mini_batch([pack(responses[:2]), pack(responses[2:])], config)[0]
+        whole = update([pack(responses)], config)[0]
+        split = update([pack(responses[:2]), pack(responses[2:])], config)[0]
         losses[aggregation] = abs(whole - split)
     assert losses["official_micro_batch"] > 1e-4
     assert losses["token_mean"] < 1e-12 and losses["sequence_mean"] < 1e-12
