@@ -56,6 +56,10 @@ def linear_log_probs(
     Two all-reduces of the tensor-parallel group per chunk (the maximum, then three sums); none in the backward pass,
     whose gradient of `hidden` is this rank's part of a sum over the group.
 
+    Beyond the inputs and their gradients, forward and backward need at most 1.1 copies of the logits [n, V/W] in the
+    compute dtype; `recompute_logits` makes that chunk_tokens / n + 0.1 copies, and so does a call without gradient.
+    (0.1 copies is at least the 2 MiB of two float32 temporaries.)
+
     Args:
         hidden: [n, h] compute dtype, the same on every rank of the group.
         weight: [V/W, h] compute dtype.

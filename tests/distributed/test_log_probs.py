@@ -1,23 +1,23 @@
 """Log-probabilities from hidden states under every vocabulary split, against torch in float64."""
 
 import itertools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from megatron_fipo.actor.log_probs import VocabularyShard, linear_log_probs
 from tests.distributed_helpers import run_distributed
+from tests.tool_modules import load_tool
 
 pytestmark = pytest.mark.distributed
+
+BENCHMARK = load_tool("benchmark_log_probs")
 
 
 @dataclass(frozen=True)
@@ -291,73 +291,28 @@ def test_the_slopes_reach_every_kind_of_shard():
     assert {(*some, 2), (*some, 1), (False, True, 0), (*all_of_them, 1), (*all_of_them, 2)} <= kinds
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that a call had allocated at its highest, its results included."""
-
-    forward_peak: int
-    backward_peak: int
-    without_gradient_peak: int
-
-
-def peak_bytes(folder: Path, action: Any) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    memory = [event for event in events if event["name"] == "[memory]"]
-    memory.sort(key=lambda event: event["ts"])
-    first = memory[0]["args"]
-    before = first["Total Allocated"] - first["Bytes"]
-    return max(event["args"]["Total Allocated"] for event in memory) - before
-
-
-def measure_memory(folder: Path, cases: list[Case]) -> list[Memory]:
+def copies_of_the_logits(dtypes: list[torch.dtype], num_tokens: int, chunks: list[int]) -> list[tuple[Any, ...]]:
+    """Working memory of a forward and backward pass, and of a forward pass without gradient, in copies."""
     measured = []
-    for case in cases:
-        inputs = make_inputs(case)
-        weight, shard = shard_of(inputs.weight)
-        hidden, weight = inputs.hidden.requires_grad_(), weight.requires_grad_()
-        outputs: list[Tensor] = []
-
-        def forward(case=case, hidden=hidden, weight=weight, inputs=inputs, shard=shard, outputs=outputs):
-            outputs[:] = linear_log_probs(
-                hidden,
-                weight,
-                inputs.targets,
-                shard,
-                chunk_tokens=case.chunk_tokens,
-                recompute_logits=case.recompute_logits,
-            )
-
-        def backward(inputs=inputs, outputs=outputs):
-            outputs[0].backward(inputs.upstream)
-
-        forward_peak, backward_peak = peak_bytes(folder, forward), peak_bytes(folder, backward)
-        with torch.no_grad():
-            measured.append(Memory(forward_peak, backward_peak, peak_bytes(folder, forward)))
+    for dtype, chunk in itertools.product(dtypes, chunks):
+        problem = BENCHMARK.make_problem(num_tokens, 20_000, 16, dtype)
+        for name, side in BENCHMARK.make_sides(chunk).items():
+            if name in ("megatron-fipo", "megatron-fipo, logits computed again"):
+                working = BENCHMARK.working_bytes(side, problem)
+                with torch.no_grad():
+                    without = BENCHMARK.measure_memory(lambda side=side, problem=problem: side(problem)).peak
+                copy = problem.logits_bytes
+                measured.append((dtype, chunk, name, working / copy, without / copy))
     return measured
 
 
-def test_memory_beyond_one_copy_of_the_logits(tmp_path):
-    kept = [
-        Case(num_tokens=1024, vocab_size=20_000, dtype=dtype, chunk_tokens=chunk)
-        for dtype in (torch.float32, torch.bfloat16)
-        for chunk in (256, 1024)
-    ]
-    again = [replace(case, recompute_logits=True) for case in kept]
-    measured = run_distributed(measure_memory, 1, tmp_path, kept + again)[0]
-    for case, memory in zip(kept + again, measured, strict=True):
-        one_copy = case.num_tokens * case.vocab_size * case.dtype.itemsize
-        gradients = (case.num_tokens + case.vocab_size) * case.hidden_size * case.dtype.itemsize
-        forward, backward = memory.forward_peak / one_copy, (memory.backward_peak - gradients) / one_copy
-        without_gradient = memory.without_gradient_peak / one_copy
-        print(f"{case}: forward {forward:.3f}, backward {backward:.3f}, without gradient {without_gradient:.3f} copies")
-        part = case.chunk_tokens / case.num_tokens
-        assert without_gradient <= part + 0.1
-        if case.recompute_logits:
-            assert forward <= part + 0.1
-            assert backward <= part + 0.1
-        else:
-            assert forward <= 1.1
-            assert backward <= 0.1, "the backward pass works in the copy that the forward pass kept"
+def test_memory_beyond_one_copy_of_the_logits():
+    dtypes, num_tokens, chunks = [torch.float32, torch.bfloat16], 1024, [256, 1024]
+    (measured,) = run_distributed(copies_of_the_logits, 1, dtypes, num_tokens, chunks)
+    assert len(measured) == 8
+    for dtype, chunk, name, working, without_gradient in measured:
+        print(f"{dtype}, chunks of {chunk}, {name}: {working:.3f}, without gradient {without_gradient:.3f} copies")
+        part = chunk / num_tokens
+        least = part if "again" in name else 1.0
+        assert least <= working <= least + 0.1, (dtype, chunk, name)
+        assert part <= without_gradient <= part + 0.1, (dtype, chunk, name)
