@@ -11,6 +11,7 @@ import torch
 from megatron_fipo.actor.forward import ActorForward
 from megatron_fipo.actor.model import build_model, build_provider, unwrap
 from megatron_fipo.actor.optimizer import ActorOptimizer
+from megatron_fipo.actor.reference import ReferencePolicy
 from megatron_fipo.actor.train_step import TrainStep
 from megatron_fipo.config.algorithm_card import effective_algorithm
 from megatron_fipo.config.base import require
@@ -183,12 +184,17 @@ def _build_actor(config: RunConfig, bridge: HfBridge, context: ParallelContext) 
     provider = build_provider(bridge, config.model, config.parallelism, context)
     chunks = build_model(provider, bridge, config.parallelism, context)
     forward = ActorForward(chunks, provider, config.model, context, bridge.vocab_size, config.rollout.temperature)
-    train_step = None
+    train_step = reference = None
     if config.mode != "rollout_only":
+        # While the weights are still those of the model folder.
+        if config.algorithm.reference_kl_coefficient > 0:
+            reference = ReferencePolicy(chunks)
         optimizer = ActorOptimizer(chunks, config.optimizer, provider.bf16)
         train_step = TrainStep(forward, optimizer, config.algorithm, context, config.metrics.quantiles)
     _log_size(context, chunks)
-    return Actor(bridge=bridge, chunks=chunks, forward=forward, train_step=train_step)
+    if reference is not None and context.rank == 0:
+        logger.info("reference policy: %.2f GiB of host memory on this rank", reference.num_bytes / 1024**3)
+    return Actor(bridge=bridge, chunks=chunks, forward=forward, train_step=train_step, reference=reference)
 
 
 def _log_size(context: ParallelContext, chunks: list[Any]) -> None:

@@ -1,7 +1,9 @@
 """The training loop. Every rank runs it; rank 0 also drives the rollouts and writes the files."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
 
 from megatron_fipo.actor.micro_batch import MicroBatch
 from megatron_fipo.actor.shard import packing_rules, shard_micro_batches
@@ -44,6 +46,7 @@ def train(run: Run) -> None:
             batch = assemble_batch(run, step, rollout)
             micro_batches = distribute_batch(run, batch)
             compute_old_log_probs(run, micro_batches)
+            compute_reference_log_probs(run, micro_batches)
             results = update_policy(run, step, micro_batches)
             write_token_records(run, step, batch)
             sync_weights(run)
@@ -112,11 +115,24 @@ def distribute_batch(run: Run, batch: TrainBatch | None) -> list[list[MicroBatch
 def compute_old_log_probs(run: Run, micro_batches: Sequence[Sequence[MicroBatch]]) -> None:
     """Log-probabilities under the weights before the first update, on the packs that the updates use."""
     with run.timer.phase("old_log_probs"):
-        for number, mini_batch in enumerate(micro_batches):
-            scores = run.actor.forward.log_probs(mini_batch)
-            for micro_batch, log_probs in zip(mini_batch, scores, strict=False):
-                micro_batch.old_log_probs = log_probs
-            run.progress.advance(number + 1, len(micro_batches))
+        for micro_batch, log_probs in _log_probs(run, micro_batches):
+            micro_batch.old_log_probs = log_probs
+
+
+def compute_reference_log_probs(run: Run, micro_batches: Sequence[Sequence[MicroBatch]]) -> None:
+    """Log-probabilities under the initial weights, on the same packs, where the loss has a reference KL."""
+    if run.actor.reference is None:
+        return
+    with run.timer.phase("reference"), run.actor.reference.in_place():
+        for micro_batch, log_probs in _log_probs(run, micro_batches):
+            micro_batch.reference_log_probs = log_probs
+
+
+def _log_probs(run: Run, micro_batches: Sequence[Sequence[MicroBatch]]) -> Iterator[tuple[MicroBatch, Tensor]]:
+    """Every micro-batch with its log-probabilities, on the last pipeline stage; elsewhere nothing."""
+    for number, mini_batch in enumerate(micro_batches):
+        yield from zip(mini_batch, run.actor.forward.log_probs(mini_batch), strict=False)
+        run.progress.advance(number + 1, len(micro_batches))
 
 
 def update_policy(run: Run, step: int, micro_batches: Sequence[Sequence[MicroBatch]]) -> list[UpdateResult]:

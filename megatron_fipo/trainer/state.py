@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.actor.forward import ActorForward
+from megatron_fipo.actor.reference import ReferencePolicy
 from megatron_fipo.actor.train_step import TrainStep
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
@@ -27,12 +28,14 @@ class Actor:
         chunks: Model chunks of this rank, wrapped for data parallelism.
         forward: Its forward pass.
         train_step: Its updates; None in rollout-only runs.
+        reference: The initial weights; None where the loss has no reference KL.
     """
 
     bridge: HfBridge
     chunks: list[Any]
     forward: ActorForward
     train_step: TrainStep | None
+    reference: ReferencePolicy | None = None
 
 
 @dataclass(slots=True, kw_only=True)
