@@ -3,12 +3,13 @@
 They look at whole responses, so under context parallelism each gathers a few numbers a token once more than FIPO does.
 """
 
-from dataclasses import dataclass
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fipo.algorithms.future_kl.scan import SegmentPlan, segment_plan, segmented_reverse_sum
 from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.parallel.packs import gather_pack
@@ -35,10 +36,11 @@ def shuffle_within_responses(
         [t], the dtype of `weights`.
     """
     whole = gather_pack(torch.stack([weights.double(), mask.double()], dim=1), layout, group)
-    places = _places(layout, weights.device)
-    bins = 2 * places.sequence_ids + (whole[:, 1] == 0)
+    plan = segment_plan(layout.padded_lengths, weights.device)
+    bins = 2 * plan.segment_ids + (whole[:, 1] == 0)
     in_order = bins.argsort(stable=True)
-    by_key = _hash(sequence_numbers[places.sequence_ids], places.positions).argsort()
+    positions = torch.arange(layout.num_tokens, device=weights.device) - plan.bounds[plan.segment_ids]
+    by_key = _hash(sequence_numbers[plan.segment_ids], positions).argsort()
     dealt_to = by_key[bins[by_key].argsort(stable=True)]
     dealt = torch.empty_like(whole[:, 0])
     dealt[dealt_to] = whole[in_order, 0]
@@ -73,32 +75,15 @@ def variance_decay(
     """
     columns = torch.stack([terms.double(), participates.double(), mask.double()], dim=1)
     whole = gather_pack(columns, layout, group)
-    places = _places(layout, terms.device)
-    variances = _variance_ahead(whole[:, 0], whole[:, 1], config.variance_window_tokens, places)
+    plan = segment_plan(layout.padded_lengths, terms.device)
+    variances = _variance_ahead(whole[:, 0], whole[:, 1], config.variance_window_tokens, plan)
     in_response = whole[:, 2] > 0
-    medians = _medians(variances, in_response, places)[places.sequence_ids]
+    medians = _medians(variances, in_response, plan)[plan.segment_ids]
     decay = 2.0 ** (-1.0 / config.decay_half_life_tokens)
     pull = decay * medians
     decays = (pull / (pull + (1 - decay) * variances)).clamp(config.variance_decay_low, config.variance_decay_high)
     decays = torch.where(in_response & (medians > VARIANCE_FLOOR), decays, decay)
     return layout.shard(decays)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Places:
-    """Where the tokens of a whole pack lie, on its device: sequence bounds [N + 1], and [T], [T]; all int64."""
-
-    bounds: Tensor
-    sequence_ids: Tensor
-    positions: Tensor
-
-
-def _places(layout: PackLayout, device: torch.device) -> _Places:
-    bounds = layout.cu_seqlens.to(device, torch.int64, non_blocking=True)
-    sequences = torch.arange(layout.num_sequences, device=device)
-    sequence_ids = sequences.repeat_interleave(bounds.diff(), output_size=layout.num_tokens)
-    positions = torch.arange(layout.num_tokens, device=device) - bounds[sequence_ids]
-    return _Places(bounds=bounds, sequence_ids=sequence_ids, positions=positions)
 
 
 def _hash(numbers: Tensor, positions: Tensor) -> Tensor:
@@ -114,24 +99,31 @@ def _shift_right(values: Tensor, bits: int) -> Tensor:
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _variance_ahead(terms: Tensor, participates: Tensor, window: int, places: _Places) -> Tensor:
+def _variance_ahead(terms: Tensor, participates: Tensor, window: int, plan: SegmentPlan) -> Tensor:
     """Variance behind every token, plus its floor: [T] float64."""
-    moments = torch.stack([participates, terms, terms.square()], dim=1)
-    sums = torch.cat([moments.new_zeros(1, 3), moments.cumsum(dim=0)])
+    # Sums from each token to the end of its own sequence, so that no other sequence of the pack rounds them.
+    moments = [participates, terms, terms.square()]
+    onwards = torch.stack([segmented_reverse_sum(each, math.inf, plan) for each in moments], dim=1)
+    onwards = torch.cat([onwards, onwards.new_zeros(1, 3)])
+    ends = plan.bounds[1:][plan.segment_ids]
     first = torch.arange(1, terms.shape[0] + 1, device=terms.device)
-    last = torch.minimum(first + window, places.bounds[1:][places.sequence_ids])
-    ahead = sums[last] - sums[first]
-    whole = (sums[places.bounds[1:]] - sums[places.bounds[:-1]])[places.sequence_ids]
+
+    def from_token(token: Tensor) -> Tensor:
+        return torch.where((token < ends)[:, None], onwards[torch.minimum(token, ends)], 0.0)
+
+    ahead = from_token(first) - from_token(first + window)
+    whole = onwards[plan.bounds[:-1]][plan.segment_ids]
     chosen = torch.where(ahead[:, :1] >= 2, ahead, whole)
     counts = chosen[:, 0].clamp(min=1)
     variances = chosen[:, 2] / counts - (chosen[:, 1] / counts).square()
     return variances.clamp(min=0) + VARIANCE_FLOOR
 
 
-def _medians(values: Tensor, mask: Tensor, places: _Places) -> Tensor:
+def _medians(values: Tensor, mask: Tensor, plan: SegmentPlan) -> Tensor:
     """Lower median of every sequence's marked values: [N]; arbitrary where it has none."""
-    counts = torch.zeros(places.bounds.shape[0] - 1, dtype=torch.int64, device=values.device)
-    counts.index_add_(0, places.sequence_ids, mask.long())
+    counts = torch.zeros(plan.bounds.shape[0] - 1, dtype=torch.int64, device=values.device)
+    counts.index_add_(0, plan.segment_ids, mask.long())
     by_value = torch.where(mask, values, torch.inf).argsort()
-    order = by_value[places.sequence_ids[by_value].argsort(stable=True)]
-    return values[order[places.bounds[:-1] + (counts - 1).clamp(min=0) // 2]]
+    order = by_value[plan.segment_ids[by_value].argsort(stable=True)]
+    in_order = torch.cat([values[order], values.new_zeros(1)])
+    return in_order[plan.bounds[:-1] + (counts - 1).clamp(min=0) // 2]

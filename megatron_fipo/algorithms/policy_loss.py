@@ -195,12 +195,12 @@ def _baseline(
             clipped = (terms.advantages < 0) & beyond_dual_clip(terms.log_ratio.detach(), config.dual_clip)
             return clipped_surrogate(terms.ratio, terms.advantages, config), clipped
         case GspoConfig():
-            mean = sequence_means(terms.log_ratio, terms.mask, sequences, group)
+            mean = sequence_means(terms.log_ratio, terms.mask, sequences, inputs.layout, group)
             clipped = (terms.advantages < 0) & beyond_dual_clip(mean, config.dual_clip)
             return clipped_surrogate(sequence_ratio(terms.log_ratio, mean), terms.advantages, config), clipped
         case GmpoConfig():
             bounded = clipped_log_ratio(terms.log_ratio, terms.advantages, config)
-            mean = sequence_means(bounded, terms.mask, sequences, group)
+            mean = sequence_means(bounded, terms.mask, sequences, inputs.layout, group)
             return geometric_mean(bounded, mean, terms.log_ratio, terms.advantages), nothing
         case CispoConfig():
             log_probs = torch.where(terms.mask, inputs.log_probs.to(terms.ratio.dtype), 0.0)

@@ -55,7 +55,8 @@ def sequence_ratio(log_ratio: Tensor, mean_log_ratio: Tensor) -> Tensor:
         log_ratio: [t], Δ with gradient.
         mean_log_ratio: [t], mean of Δ over the token's response, without gradient.
     """
-    return (mean_log_ratio + log_ratio - log_ratio.detach()).exp()
+    # The difference first: it is exactly 0, where Δ added to the mean would round it, differently on every token.
+    return (mean_log_ratio + (log_ratio - log_ratio.detach())).exp()
 
 
 def truncated_reinforce(log_probs: Tensor, ratio: Tensor, advantages: Tensor, config: CispoConfig) -> Surrogate:
