@@ -19,24 +19,28 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # Its last line is a JSON object; `-I` keeps the checkout and the caller's environment out.
 PROBE = """
-import importlib, json, pkgutil, sys, torch
+import importlib, json, pkgutil, sys, torch, typing
 own = set(sys.modules)
 from megatron_fipo.algorithms import losses
 from megatron_fipo.algorithms.advantages import group_relative_advantages
 from megatron_fipo.algorithms.future_kl.scan import future_kl
-from megatron_fipo.config.algorithm import FIPO_PRESETS, DapoConfig, FipoConfig, GrpoConfig
+from megatron_fipo.config.algorithm import FIPO_PRESETS, AlgorithmConfig, FipoConfig
 import megatron_fipo.algorithms
 
 torch.manual_seed(0)
 old = torch.randn(4, 90) * 0.1 - 1
 mask = torch.arange(90) < torch.tensor([[90], [64], [7], [0]])
 advantages = group_relative_advantages(torch.tensor([1.0, 0.0, 0.5, 0.25]), torch.zeros(4, dtype=torch.int64))
+baselines = [each for each in typing.get_args(AlgorithmConfig) if each is not FipoConfig]
 calls = {name: (losses.fipo_loss, FipoConfig.preset(name)) for name in FIPO_PRESETS}
-calls |= {"dapo": (losses.dapo_loss, DapoConfig()), "grpo": (losses.grpo_loss, GrpoConfig())}
+fields = {"DrGrpoConfig": {"length_divisor": 90}}
+for each in baselines:
+    config = each(reference_kl_coefficient=0.01, **fields.get(each.__name__, {}))
+    calls[each.__name__] = (losses.policy_loss_on_rows, config)
 found = {}
 for name, (loss, config) in calls.items():
     log_probs = (old + 0.05 * torch.randn(4, 90)).requires_grad_()
-    out = loss(log_probs, old, advantages, mask, config, rollout_log_probs=old)
+    out = loss(log_probs, old, advantages, mask, config, rollout_log_probs=old, reference_log_probs=old)
     out.loss.backward()
     found[name] = [float(out.loss.detach()), float(log_probs.grad.norm()), len(out.metrics)]
 found["scan"] = future_kl(torch.ones(5), 1.0, [0, 3, 5]).tolist()
@@ -124,7 +128,7 @@ def test_the_losses_run_where_there_is_torch_alone(wheel: Path, tmp_path: Path) 
     assert there["from"].startswith(str(site_packages))
     assert there["imported"] == ["megatron_fipo"]
     # Triton comes with the builds that have a use for it.
-    assert set(there["kernels"]) <= {"megatron_fipo.algorithms.future_kl.kernel"}
+    assert set(there["kernels"]) <= {"megatron_fipo.algorithms.future_kl.kernel_programs"}
 
     # The same numbers as beside NumPy and everything else.
     here = subprocess.run(
