@@ -37,7 +37,10 @@ def check_sums(
     following: Tensor | None = None,
     definition: Definition = reference.future_kl,
 ) -> Tensor:
-    """Every sum is the definition's, to 1e-12 of the sum of its terms' sizes, or to 8 eps of it in `dtype`."""
+    """Every sum is the definition's, to 1e-12 of the sum of its terms' sizes, or to 8 eps of it in `dtype`.
+
+    Where nothing follows the segments, their heads are checked too.
+    """
     plan = segment_plan(tuple(lengths), torch.device(device))
     sums = kernel.segmented_reverse_sum(
         values.to(device), half_life, plan, None if following is None else following.to(device), dtype, tile=tile
@@ -47,6 +50,11 @@ def check_sums(
     tolerance = 1e-12 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps
     error = (sums.cpu().double() - expected).abs()
     assert bool((error <= tolerance * scale).all()), f"{float((error - tolerance * scale).max())} over the tolerance"
+    if following is None and dtype == torch.float64:
+        heads = kernel.segment_heads(values.to(device), half_life, plan, tile=tile).cpu()
+        ends = accumulate(lengths)
+        expected_heads = [sums[end - length] if length else 0.0 for end, length in zip(ends, lengths, strict=True)]
+        assert heads.dtype == torch.float64 and heads.tolist() == [float(each) for each in expected_heads]
     return sums
 
 

@@ -88,6 +88,17 @@ def test_influence(mode: str, participation: str, dtype: torch.dtype) -> None:
     )
 
 
+def test_what_is_not_finite_reaches_earlier_tokens_of_its_segment_alone() -> None:
+    lengths = (1000, 5000, 3000)
+    log_ratio = torch.zeros(sum(lengths), device=CUDA)
+    log_ratio[5500] = math.nan
+    config = FipoConfig(decay_half_life_tokens=math.inf)
+    ones = torch.ones_like(log_ratio)
+    future_kl, weights, _ = kernel.fused_influence(log_ratio, ones, ones, config, plan_of(lengths))
+    assert bool(future_kl[1000:5501].isnan().all()) and bool(weights[1000:5501].isnan().all())
+    assert not bool(future_kl[:1000].any()) and not bool(future_kl[5501:].any())
+
+
 def test_values_that_do_not_begin_on_a_whole_line() -> None:
     lengths = (5000, 1234)
     whole = log_ratios(sum(lengths) + 1, seed=6, dtype=torch.float32)

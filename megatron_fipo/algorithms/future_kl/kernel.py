@@ -11,13 +11,16 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_fipo.algorithms.future_kl.scan import SegmentPlan
 from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.parallel.layout import copy_to
+
+if TYPE_CHECKING:
+    from megatron_fipo.algorithms.future_kl.scan import SegmentPlan
 
 TILE = 2048
 """Tokens of one program; a power of two."""
@@ -36,7 +39,7 @@ def can_run(values: Tensor) -> bool:
 def segmented_reverse_sum(
     values: Tensor,
     half_life: float,
-    plan: SegmentPlan,
+    plan: "SegmentPlan",
     following: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     *,
@@ -82,12 +85,51 @@ def segmented_reverse_sum(
     return sums
 
 
+def segment_heads(values: Tensor, half_life: float, plan: "SegmentPlan", *, tile: int = TILE) -> Tensor:
+    """What `segmented_reverse_sum` gives for the first value of every segment, as `scan.segment_heads`.
+
+    Reads the values and writes nothing else.
+
+    Args:
+        values: [T], any floating dtype.
+        half_life: In tokens; may be infinite.
+        plan: Where the segments lie.
+        tile: Tokens of one program, a power of two.
+
+    Returns:
+        [S] float64, zero where a segment is empty.
+    """
+    from megatron_fipo.algorithms.future_kl.kernel_programs import head_kernel
+
+    values = values.detach().contiguous()
+    heads = torch.zeros(len(plan.lengths), dtype=torch.float64, device=values.device)
+    if plan.num_values == 0:
+        return heads
+    num_tiles = -(-plan.num_values // tile)
+    with _launching_on(values.device):
+        head_kernel[(num_tiles,)](
+            values,
+            plan.bounds,
+            _tile_segments(plan, tile),
+            _clean_state(values.device, num_tiles),
+            heads,
+            plan.num_values,
+            num_tiles,
+            _horizon(half_life, tile),
+            gamma=2.0 ** (-1.0 / half_life),
+            inverse_half_life=1.0 / half_life,
+            tile_size=tile,
+            num_warps=NUM_WARPS,
+        )
+    return heads
+
+
 def fused_influence(
     log_ratio: Tensor,
     ratio: Tensor,
     advantages: Tensor,
     config: FipoConfig,
-    plan: SegmentPlan,
+    plan: "SegmentPlan",
     following: Tensor | None = None,
     *,
     tile: int = TILE,
@@ -172,7 +214,7 @@ def _horizon(half_life: float, tile: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _tile_segments(plan: SegmentPlan, tile: int) -> Tensor:
+def _tile_segments(plan: "SegmentPlan", tile: int) -> Tensor:
     """For every tile the first segment with a token in it or behind its start, and the first one behind it."""
     ends = torch.tensor(list(accumulate(plan.lengths)), dtype=torch.int64)
     starts = ends - torch.tensor(plan.lengths, dtype=torch.int64)

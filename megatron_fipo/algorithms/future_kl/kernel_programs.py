@@ -73,6 +73,45 @@ def sum_kernel(  # noqa: PLR0913
 
 
 @triton.jit
+def head_kernel(  # noqa: PLR0913
+    values,
+    bounds,
+    tile_segments,
+    state,
+    heads,
+    num_tokens,
+    num_tiles,
+    horizon,
+    gamma: tl.float64,
+    inverse_half_life: tl.float64,
+    tile_size: tl.constexpr,
+):
+    """The sums of `sum_kernel` at the first tokens of the segments alone: `values` [T] to `heads` [S]."""
+    tile = _take_tile(state, num_tiles)
+    tokens = tile * tile_size + tl.arange(0, tile_size)
+    whole = (tile + 1) * tile_size <= num_tokens
+    result = _scan(
+        _load(values, tokens, num_tokens, whole),
+        values,
+        bounds,
+        tile_segments,
+        state,
+        tile,
+        horizon,
+        gamma,
+        inverse_half_life,
+        False,
+        tile_size,
+        heads.dtype.element_ty,
+    )
+    for segment in range(tl.load(tile_segments + 2 * tile), tl.load(tile_segments + 2 * tile + 1)):
+        start = tl.load(bounds + segment)
+        is_head = (tokens == start) & (start < tl.load(bounds + segment + 1))
+        tl.store(heads + segment + tl.zeros_like(tokens), result, mask=is_head)
+    _finish(state, num_tiles, bounds, 0, tile_size)
+
+
+@triton.jit
 def influence_kernel(  # noqa: PLR0913
     log_ratio,
     ratio,

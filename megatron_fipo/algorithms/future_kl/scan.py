@@ -5,6 +5,8 @@ product with a column of decay powers, are themselves summed over the blocks of 
 the half-life counted in blocks. What that gives for the next block is added, decayed once, to a block's last token;
 one product with a 32 × 32 triangle of decay powers then sums inside all blocks at once. The cost is O(32·T), without a
 loop over tokens. All sums are float64, so that neither the packing nor TF32 shows in the result.
+
+On CUDA, where Triton is installed, `kernel` takes the same sums in one pass.
 """
 
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_fipo.algorithms.future_kl import kernel
 from megatron_fipo.parallel.layout import copy_to
 
 BLOCK = 32
@@ -168,6 +171,8 @@ def segmented_reverse_sum(
     """
     if plan.num_values == 0:
         return values.to(dtype)
+    if kernel.can_run(values):
+        return kernel.segmented_reverse_sum(values, half_life, plan, following, dtype)
     blocks = plan.to_blocks(values)
     triangle = _decay_triangle(half_life, values.device)
     decay = 2.0 ** (-1.0 / half_life)
@@ -185,6 +190,8 @@ def segmented_reverse_sum(
 
 def segment_heads(values: Tensor, half_life: float, plan: SegmentPlan) -> Tensor:
     """What `segmented_reverse_sum` gives for the first value of every segment: [T] to [S] float64, zero where empty."""
+    if kernel.can_run(values):
+        return kernel.segment_heads(values, half_life, plan)
     result = torch.zeros(len(plan.lengths), dtype=torch.float64, device=values.device)
     while plan.num_values:
         values = plan.to_blocks(values) @ _decay_triangle(half_life, values.device)[:, 0]

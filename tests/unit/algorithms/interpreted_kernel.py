@@ -91,6 +91,12 @@ def test_influence_of_other_settings(config: FipoConfig) -> None:
     check_influence(log_ratio, advantages, (120, 80), config, tile=128)
 
 
+def test_every_clipped_token_is_counted_once_and_in_its_own_segment() -> None:
+    lengths = (0, 15, 1, 0, 16, 33, 0)
+    log_ratio = torch.full((sum(lengths),), 3.0)
+    check_influence(log_ratio, -torch.ones(sum(lengths)), lengths, FipoConfig(), tile=16)
+
+
 def test_a_ratio_on_the_safety_threshold_is_not_above_it() -> None:
     log_ratio = torch.full((16,), 1.25)
     threshold = float(log_ratio.exp()[0])
@@ -151,5 +157,6 @@ def test_a_launch_leaves_its_state_clean(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_nothing_in_nothing_out() -> None:
     none = torch.zeros(0)
     assert kernel.segmented_reverse_sum(none, 32.0, segment_plan((0, 0), CPU)).shape == (0,)
+    assert kernel.segment_heads(none, 32.0, segment_plan((0, 0), CPU)).tolist() == [0.0, 0.0]
     future_kl, weights, counts = kernel.fused_influence(none, none, none, FipoConfig(), segment_plan((0, 0), CPU))
     assert future_kl.shape == weights.shape == (0,) and counts.tolist() == [0, 0]

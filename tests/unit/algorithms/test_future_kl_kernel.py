@@ -20,6 +20,7 @@ POINTERS = {
     "counts": "*i64",
     "values": "*fp32",
     "sums": "*fp64",
+    "heads": "*fp64",
     "log_ratio": "*fp32",
     "ratio": "*fp32",
     "advantages": "*fp32",
@@ -28,6 +29,7 @@ POINTERS = {
 }
 INTEGERS = ("num_tokens", "num_tiles", "num_segments", "horizon")
 SETTINGS = {
+    "head_kernel": {"tile_size": kernel.TILE},
     "sum_kernel": {"has_following": False, "tile_size": kernel.TILE},
     "influence_kernel": {
         "participation": "all_tokens",
