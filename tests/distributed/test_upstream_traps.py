@@ -153,17 +153,15 @@ def gradients(actor: TinyActor) -> list[Tensor]:
     return [parameter.main_grad.clone() for chunk in actor.chunks for parameter in chunk.parameters()]
 
 
-def reduced_gradient(actor: TinyActor, count: int) -> tuple[float, int]:
-    """A gradient of 6 on every rank after its reduction, and the count, which was `count` on every rank."""
+def reduced_gradient(actor: TinyActor, count: int | None) -> float:
+    """A gradient of 6 on every rank after its reduction with `count` tokens on every rank."""
     for chunk in actor.chunks:
         chunk.zero_grad_buffer()
         for parameter in chunk.parameters():
             parameter.main_grad.fill_(6.0)
-    num_tokens = torch.tensor(count, dtype=torch.int)
-    finalize_model_grads(actor.chunks, num_tokens)
-    values = {float(gradient.view(-1)[0]) for gradient in gradients(actor)}
-    (value,) = values
-    return value, int(num_tokens)
+    finalize_model_grads(actor.chunks, None if count is None else torch.tensor(count, dtype=torch.int))
+    (value,) = {float(gradient.view(-1)[0]) for gradient in gradients(actor)}
+    return value
 
 
 def refusal_of_a_count(actor: TinyActor) -> str:
@@ -188,6 +186,7 @@ def decay_without_gradient(actor: TinyActor) -> bool:
 def data_parallel_facts(folder: Path) -> dict[str, Any]:
     with tiny_actor(folder, {"use_distributed_optimizer": False, "max_tokens_per_micro_batch": 64}) as actor:
         return {
+            "no counts": reduced_gradient(actor, None),
             "counts of 2": reduced_gradient(actor, 2),
             "counts of 0": reduced_gradient(actor, 0),
             "float count": refusal_of_a_count(actor),
@@ -222,25 +221,28 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return run_distributed(all_facts, 2, folder)
 
 
-def test_gradients_are_divided_by_the_reduced_count_which_is_written_back(facts):
+def test_without_a_count_gradients_are_summed_over_ranks(facts):
     for here, _ in facts:
-        assert here["counts of 2"] == (3.0, 4), changed(
-            "divides the summed gradient by the count summed over ranks, or no longer writes that sum back",
-            "TrainStep._finalize_gradients",
+        assert here["no counts"] == 12.0, changed(
+            "sums gradients over ranks without dividing them by anything, where there is no count",
+            "TrainStep._finalize_gradients, which divides that sum by D",
+        )
+        assert here["counts of 2"] == 3.0, changed(
+            "divides gradients by the count summed over ranks", "why TrainStep._finalize_gradients gives it none"
         )
 
 
 def test_a_count_of_zero_is_taken_for_one(facts):
     for here, _ in facts:
-        assert here["counts of 0"] == (12.0, 0), changed(
-            "takes a count of zero for one", "what TrainStep does with an update that has no token left"
+        assert here["counts of 0"] == 12.0, changed(
+            "takes a count of zero for one", "whether TrainStep._finalize_gradients has to divide by D itself"
         )
 
 
 def test_schedules_refuse_a_count_that_is_no_integer(facts):
     for here, _ in facts:
         assert "can't be cast to the desired output type Int" in here["float count"], changed(
-            "adds counts up in an integer", "how TrainStep brings its denominator to finalize_model_grads"
+            "adds counts up in an integer", "whether TrainStep has to add up D itself, which may be a sum of weights"
         )
 
 
