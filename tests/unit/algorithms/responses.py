@@ -10,7 +10,7 @@ from megatron_fipo.algorithms.policy_loss import LossInputs, LossOutput, policy_
 from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.types import merge_metrics, render_metrics
-from tests.unit.algorithms.oracle import Response
+from tests.unit.algorithms.oracle import MiniBatch, Response
 
 SPREADS = (0.0, 0.05, 0.3, 1.5, 8.0)
 """Standard deviations of Δ within a response; 0.05 is that of ordinary training."""
@@ -75,9 +75,9 @@ def _random_response(draws: np.random.Generator, to_be_dropped: bool, grid: floa
         advantages = np.append(advantages, [-1.0, -1.0])
         length += 2
     old = -draws.exponential(1.0, length) - np.maximum(shift, 0)
-    new = old + shift
+    new, rollout = old + shift, old + 0.01 * draws.standard_normal(length)
     if grid:
-        old, new = np.round(old / grid) * grid, np.round(new / grid) * grid
+        old, new, rollout = (np.round(values / grid) * grid for values in (old, new, rollout))
         advantages = advantages.astype(np.float32).astype(np.float64)
     gaps = draws.integers(1, 30, length) * (draws.random(length) < 0.05) * (draws.random() < 0.3)
     return Response(
@@ -85,7 +85,7 @@ def _random_response(draws: np.random.Generator, to_be_dropped: bool, grid: floa
         old_log_probs=old,
         advantages=advantages,
         positions=np.arange(length) + np.cumsum(gaps),
-        rollout_log_probs=old + 0.01 * draws.standard_normal(length),
+        rollout_log_probs=rollout,
         entropy=draws.exponential(0.3, length),
     )
 
@@ -142,3 +142,40 @@ def on_response_tokens(micro_batches: Sequence[LossInputs], values: Sequence[tor
     """What [t] tensors, one a micro-batch, hold on response tokens."""
     chosen = [value[inputs.response_mask] for inputs, value in zip(micro_batches, values, strict=True)]
     return torch.cat(chosen).numpy()
+
+
+def assert_same(
+    expected: MiniBatch,
+    *,
+    loss: float,
+    metrics: dict[str, float],
+    relative: float,
+    absolute: float,
+    **tokens: np.ndarray,
+) -> None:
+    """Compare all that was made of a mini-batch with the oracle.
+
+    Args:
+        expected: The oracle's.
+        loss: Of the mini-batch.
+        metrics: Rendered.
+        relative: Tolerance.
+        absolute: Tolerance.
+        tokens: `gradient`, `future_kl`, `influence_weights` and `kept_mask` on all response tokens.
+    """
+
+    def same(what: str, actual: object, wanted: object) -> None:
+        np.testing.assert_allclose(actual, wanted, rtol=relative, atol=absolute, err_msg=what)
+
+    def rules(name: str) -> np.ndarray:
+        return np.concatenate([getattr(terms, name) for terms in expected.terms])
+
+    same("loss", loss, expected.loss)
+    same("gradient", tokens["gradient"], np.concatenate(expected.gradients))
+    same("Future-KL", tokens["future_kl"], rules("future_kl"))
+    same("influence weights", tokens["influence_weights"], rules("weights"))
+    kept = [np.full(len(terms.losses), not terms.dropped) for terms in expected.terms]
+    assert np.array_equal(tokens["kept_mask"], np.concatenate(kept))
+    assert metrics.keys() == expected.metrics.keys()
+    keys = sorted(metrics)
+    same(f"metrics {keys}", [metrics[key] for key in keys], [expected.metrics[key] for key in keys])
