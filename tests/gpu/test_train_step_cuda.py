@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fipo.actor.log_probs import VocabularyShard, linear_log_probs
 from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.config.checkpoint import CheckpointConfig
 from megatron_fipo.config.model import ModelConfig
@@ -36,45 +35,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
-
-
-def shard(vocab_size: int) -> VocabularyShard:
-    group = torch.distributed.group.WORLD
-    assert group is not None
-    return VocabularyShard(start=0, vocab_size=vocab_size, group=group)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_log_probs_match_float64(world: None, recompute: bool) -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(300, 64, device="cuda", requires_grad=True)
-    weight = torch.randn(1000, 64, device="cuda", requires_grad=True)
-    targets = torch.randint(0, 1000, (300,), device="cuda")
-    log_probs, _ = linear_log_probs(
-        hidden, weight, targets, shard(1000), temperature=0.7, chunk_tokens=77, recompute_logits=recompute
-    )
-    exact = ((hidden.double() @ weight.double().t()) / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    assert (log_probs - exact).abs().max() < 1e-3
-    factors = torch.randn(300, device="cuda", dtype=torch.float64)
-    mine = torch.autograd.grad((log_probs * factors).sum(), (hidden, weight))
-    wanted = torch.autograd.grad((exact * factors).sum(), (hidden, weight))
-    for got, reference in zip(mine, wanted, strict=True):
-        assert (got - reference).norm() / reference.norm() < 2e-3
-
-
-def test_log_probs_keep_one_copy_of_the_logits(world: None) -> None:
-    tokens, vocab_size = 4096, 32768
-    hidden = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(vocab_size, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    targets = torch.randint(0, vocab_size, (tokens,), device="cuda")
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    log_probs, _ = linear_log_probs(hidden, weight, targets, shard(vocab_size), chunk_tokens=64)
-    log_probs.sum().backward()
-    torch.cuda.synchronize()
-    logits_bytes = tokens * vocab_size * 2
-    assert torch.cuda.max_memory_allocated() - before <= 1.1 * logits_bytes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
