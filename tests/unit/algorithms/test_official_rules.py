@@ -263,7 +263,7 @@ def test_an_all_dropped_micro_batch_adds_its_samples_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "official_micro_batch"])
 def test_responses_without_a_token_change_nothing(aggregation: str) -> None:
-    """All masked, first, last, or a whole micro-batch. (The released code would count them as samples.)"""
+    """All masked, first, last, or a whole micro-batch."""
     config = FipoConfig.preset("official-7b", aggregation=aggregation)
     empty = response([], 1.0)
     groups = random_mini_batch(3)
@@ -273,9 +273,13 @@ def test_responses_without_a_token_change_nothing(aggregation: str) -> None:
     assert with_empty[0] == pytest.approx(plain[0], rel=1e-12)
     np.testing.assert_allclose(with_empty[1], plain[1], rtol=1e-12)
     assert with_empty[2] == pytest.approx({key: plain[2][key] for key in with_empty[2]}, rel=1e-12)
-    if aggregation == "official_micro_batch":
-        counted = oracle.mini_batch([[empty, *group, empty] for group in bare] + [[empty, empty]], config)
-        assert counted.loss != pytest.approx(plain[0], rel=0.1)
+
+
+def test_a_response_without_a_token_is_no_sample_where_the_released_code_counts_it() -> None:
+    config = FipoConfig.preset("official-32b")
+    groups = [[response([0.0], 1.0)], [response([], 1.0), response([0.0], 3.0)]]
+    assert update([pack(group) for group in groups], config)[0] == (1 * -1.0 + 1 * -3.0) / 2
+    assert oracle.mini_batch(groups, config).loss == pytest.approx((1 * -1.0 + 2 * -3.0) / 3, abs=1e-7)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
