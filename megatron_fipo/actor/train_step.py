@@ -143,6 +143,7 @@ class TrainStep:
                     rollout_log_probs=micro_batch.rollout_log_probs,
                     reference_log_probs=micro_batch.reference_log_probs,
                     entropy=scores["entropy"],
+                    response_positions=micro_batch.response_positions,
                 ),
                 self.algorithm,
                 group=self.context.cp_group,

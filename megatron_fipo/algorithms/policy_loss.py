@@ -59,6 +59,7 @@ class LossInputs:
         rollout_log_probs: [t] floating, the engine's; for mismatch metrics and `rollout_importance_cap`.
         reference_log_probs: [t] floating, of the reference policy; for `reference_kl_coefficient`.
         entropy: [t] floating, for the metric only.
+        response_positions: [R] int64, where `response_mask` is true. Found here if None, which waits for the device.
         sequence_numbers: [N] int64, a number of each sequence that no layout changes; for `influence = shuffled`.
     """
 
@@ -71,6 +72,7 @@ class LossInputs:
     rollout_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
     entropy: Tensor | None = None
+    response_positions: Tensor | None = None
     sequence_numbers: Tensor | None = None
 
 
@@ -102,7 +104,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig, group: dist.Process
 
     In order: log-ratio, clamped → influence weights (FIPO) → surrogate → rollout importance → reference KL → sequence
     drop → aggregation. Under context parallelism FIPO runs one all-gather in `group` and GSPO and GMPO one all-reduce
-    (the other algorithms nothing, two controls of FIPO one all-gather more); nothing waits for the device.
+    (the other algorithms nothing, two controls of FIPO one all-gather more); given `response_positions`, nothing waits
+    for the device.
 
     Args:
         inputs: The micro-batch.
@@ -128,7 +131,7 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig, group: dist.Process
         weighing = _no_influence(terms, inputs)
         surrogate, clipped = _baseline(inputs, terms, sequences, config, group)
 
-    losses, metrics = _beside_the_surrogate(inputs, surrogate.losses, config)
+    losses = _beside_the_surrogate(inputs, surrogate.losses, config)
     kept_mask = terms.mask & ~sequences.dropped[sequences.sequence_ids]
     # With the masked log-ratio, this keeps what lies outside the response out of value and gradient. A NaN on
     # a response token is let through even where its sequence is dropped: it must stop the run, not vanish.
@@ -137,17 +140,16 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig, group: dist.Process
     if isinstance(config, FipoConfig) and config.self_normalize:
         denominator = torch.where(kept_mask, weighing.weights, 0.0).sum(dtype=torch.float64)
     reported = PolicyTerms(
-        mask=terms.mask,
-        kept_mask=kept_mask,
-        log_ratio=terms.log_ratio.detach(),
-        ratio=terms.ratio.detach(),
+        kept=kept_mask,
+        log_ratio=terms.log_ratio,
+        ratio=terms.ratio,
         advantages=terms.advantages,
         clipped=clipped,
         clipped_low=surrogate.clipped_low,
         clipped_high=surrogate.clipped_high,
         future_kl=weighing.future_kl,
         influence_weights=weighing.weights,
-        token_losses=losses.detach(),
+        token_losses=losses,
         dropped_sequences=sequences.dropped & sequences.counted_here,
     )
     return LossOutput(
@@ -156,7 +158,7 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig, group: dist.Process
         future_kl=weighing.future_kl,
         influence_weights=weighing.weights,
         kept_mask=kept_mask,
-        metrics=policy_metrics(reported, config) | metrics,
+        metrics=_metrics(inputs, reported, config),
     )
 
 
@@ -212,34 +214,55 @@ def _baseline(
     assert_never(config)
 
 
-def _beside_the_surrogate(inputs: LossInputs, losses: Tensor, config: AlgorithmConfig) -> tuple[Tensor, Metrics]:
-    """Token losses with rollout importance and reference KL, and what these report."""
+def _beside_the_surrogate(inputs: LossInputs, losses: Tensor, config: AlgorithmConfig) -> Tensor:
+    """Token losses with rollout importance and reference KL."""
     mask, dtype = inputs.response_mask, losses.dtype
-    metrics: Metrics = {}
-    if inputs.rollout_log_probs is not None:
-        old_log_probs, rollout_log_probs = inputs.old_log_probs.detach(), inputs.rollout_log_probs.detach()
-        metrics |= mismatch_metrics(old_log_probs, rollout_log_probs, mask)
-        if config.rollout_importance_cap is not None:
-            importance = (old_log_probs - rollout_log_probs).to(dtype).exp().clamp(max=config.rollout_importance_cap)
-            losses = losses * importance
-            metrics["train/rollout_importance_mean"] = Accumulator.mean(importance, mask)
-    if config.reference_kl_coefficient > 0 and inputs.reference_log_probs is not None:
+    if config.rollout_importance_cap is not None:
+        losses = losses * _rollout_importance(inputs, config.rollout_importance_cap).to(dtype)
+    if config.reference_kl_coefficient > 0:
+        assert inputs.reference_log_probs is not None, "checked with the other inputs"
         # Masked first: the terms of garbage could be NaN, and so would be the gradient of what is masked later.
         log_probs = torch.where(mask, inputs.log_probs.to(dtype), 0.0)
         reference = torch.where(mask, inputs.reference_log_probs.to(dtype), 0.0)
         term = reference_kl(log_probs, reference, config.reference_kl_estimator, config.log_ratio_clamp)
         losses = losses + config.reference_kl_coefficient * term
-        metrics |= reference_metrics(log_probs.detach(), reference, mask)
+    return losses
+
+
+def _rollout_importance(inputs: LossInputs, cap: float) -> Tensor:
+    """Truncated importance factor min(π_old / π_rollout, cap): [t] without gradient."""
+    assert inputs.rollout_log_probs is not None, "checked with the other inputs"
+    return (inputs.old_log_probs.detach() - inputs.rollout_log_probs.detach()).exp().clamp(max=cap)
+
+
+def _metrics(inputs: LossInputs, terms: PolicyTerms, config: AlgorithmConfig) -> Metrics:
+    """Metrics over this rank's response tokens."""
+    positions = inputs.response_positions
+    if positions is None:
+        positions = inputs.response_mask.nonzero().squeeze(1)
+
+    def on_responses(values: Tensor) -> Tensor:
+        return values.detach().index_select(0, positions)
+
+    metrics = policy_metrics(terms.at(positions), config)
+    if inputs.rollout_log_probs is not None:
+        metrics |= mismatch_metrics(on_responses(inputs.old_log_probs), on_responses(inputs.rollout_log_probs))
+    if config.rollout_importance_cap is not None:
+        importance = _rollout_importance(inputs, config.rollout_importance_cap)
+        metrics["train/rollout_importance_mean"] = Accumulator.mean(on_responses(importance))
+    if config.reference_kl_coefficient > 0 and inputs.reference_log_probs is not None:
+        metrics |= reference_metrics(on_responses(inputs.log_probs), on_responses(inputs.reference_log_probs))
     if inputs.entropy is not None:
-        metrics["train/entropy"] = Accumulator.mean(inputs.entropy, mask)
-    return losses, metrics
+        metrics["train/entropy"] = Accumulator.mean(on_responses(inputs.entropy))
+    return metrics
 
 
 def _sequence_counts(inputs: LossInputs) -> SequenceCounts:
     layout = inputs.layout
     chunk_ids = segment_plan(layout.local_chunk_lengths, inputs.log_probs.device).segment_ids
+    chunks = len(layout.local_chunk_numbers)
     return SequenceCounts(
-        sequence_ids=chunk_ids // len(layout.local_chunk_numbers),
+        sequence_ids=chunk_ids if chunks == 1 else chunk_ids // chunks,
         response_lengths=inputs.response_lengths,
         dropped=torch.zeros_like(inputs.response_lengths, dtype=torch.bool),
         counted_here=layout.cp_rank == 0,

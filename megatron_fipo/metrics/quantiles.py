@@ -1,21 +1,19 @@
 """Exact quantiles of values that lie on several ranks, without moving a value.
 
-The bits of a float32, with the magnitude bits of negative numbers flipped, are integers in the order of the numbers.
-The wanted order statistic is found eight bits at a time: every rank counts its values below each of 256 candidates,
-the counts are added up, and the last candidate with few enough values below it is the prefix of the next pass. Counts
-are integers, so the result is bit for bit the same however the values are cut.
+Values are compared as integers (`Distribution.sorted_keys`). The wanted order statistic is found eight bits at a time:
+every rank counts its values below each of 256 candidates, the counts are added up, and the last candidate with few
+enough values below it is the prefix of the next pass. Counts are integers, so the result is bit for bit the same
+however the values are cut.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.types import Distribution, nearest_rank
+from megatron_fipo.types import FIRST_NAN_KEY, Distribution, nearest_rank, numbers_of
 
 _BITS = 8
 _LOWEST = -(2**31)
-_LARGEST_NUMBER = 0x7F800000  # +inf; what lies above is NaN
-_MAGNITUDE = 0x7FFFFFFF
 
 
 def distributed_quantiles(
@@ -31,12 +29,12 @@ def distributed_quantiles(
         For each distribution the quantiles [levels] float32, which mean nothing where there is no value, and the number
         of values (0-dim int64).
     """
-    keys = [_sorted_keys(each) for each in distributions]
+    keys = [each.sorted_keys() for each in distributions]
     device = keys[0].device
     steps = torch.arange(2**_BITS, device=device)
     # The first pass is the same for all quantiles of a distribution. Its last bound counts every number.
     first = _LOWEST + (steps << (32 - _BITS))
-    bounds = torch.cat([first, first.new_tensor([_LARGEST_NUMBER + 1])])
+    bounds = torch.cat([first, first.new_tensor([FIRST_NAN_KEY])])
     below = _count_below(keys, [bounds] * len(keys), group).reshape(len(keys), -1)
     counts = below[:, -1]
     owners, levels = torch.tensor(
@@ -49,7 +47,7 @@ def distributed_quantiles(
         candidates = found[:, None] + (steps << shift)
         below = _count_below(keys, list(candidates.split(sizes)), group).reshape(candidates.shape)
         found = candidates.gather(1, _last_with_enough_room(below, ranks)[:, None]).squeeze(1)
-    return list(zip(_numbers(found).split(sizes), counts, strict=True))
+    return list(zip(numbers_of(found).split(sizes), counts, strict=True))
 
 
 def _count_below(keys: list[Tensor], bounds: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
@@ -63,15 +61,3 @@ def _count_below(keys: list[Tensor], bounds: list[Tensor], group: dist.ProcessGr
 def _last_with_enough_room(below: Tensor, ranks: Tensor) -> Tensor:
     """Place [levels] of the last candidate that has no more than `ranks` keys below it."""
     return (below <= ranks[:, None]).sum(dim=1) - 1
-
-
-def _sorted_keys(distribution: Distribution) -> Tensor:
-    """[n] int32, ascending in the order of the numbers; NaN comes last."""
-    bits = torch.cat(distribution.parts).view(torch.int32)
-    return torch.where(bits < 0, bits ^ _MAGNITUDE, bits).sort().values
-
-
-def _numbers(keys: Tensor) -> Tensor:
-    """The numbers that keys stand for."""
-    bits = keys.int()
-    return torch.where(bits < 0, bits ^ _MAGNITUDE, bits).view(torch.float32)
