@@ -7,7 +7,7 @@ turns in one process, with one tensor-parallel rank:
 - torch: float32 `log_softmax` of all logits, and a gather
 - megatron-core: `vocab_parallel_cross_entropy` of all logits
 
-    python tools/benchmark_log_probs.py [--tokens 2048] [--vocab 32000] [--hidden 512] [--dtype float32] [--threads 2]
+    python tools/benchmark_log_probs.py [--tokens 2048] [--vocab 32000] [--hidden 512] [--dtype float32] [--threads 1]
 """
 
 import argparse
@@ -89,7 +89,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=512, help="size of a hidden state")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--chunk", type=int, default=DEFAULT_CHUNK_TOKENS, help="our tokens per chunk")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds, after one")
     parser.add_argument("--output", type=Path, help="also write the table here")
     return parser.parse_args()
@@ -160,10 +160,14 @@ def time_once(side: Side, problem: Problem) -> tuple[float, float]:
 
 
 def now() -> float:
-    """Seconds, with nothing left to do on the device."""
+    """Seconds, with nothing left to do on the device; on the CPU the process's own, whatever else runs beside it.
+
+    With several threads these are the sum over all of them, waiting ones included.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time()
 
 
 @dataclass(frozen=True)
