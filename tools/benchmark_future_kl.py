@@ -8,6 +8,9 @@ Forms, on the same float32 log-ratios and τ = 32:
   serial    F_t = Δ_t + γ·F_{t+1} in a loop over time, all rows at once
 The forms take turns. The last two work on padded rows. Memory is the peak above what was held before the call, the
 result included: on the CPU the growth of the resident set of a process that has made one small call before.
+
+On CUDA a table of time on the device alone comes first: the scan's kernel, the kernel fused with mask and influence
+weight, a Triton loop over time and the official form, each beside a copy that moves as many bytes.
 """
 
 import argparse
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +33,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.algorithms.future_kl import context_parallel, reference, scan
+from megatron_fipo.algorithms.future_kl import context_parallel, kernel, reference, scan
+from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.parallel.packs import gather_pack
 
@@ -120,7 +124,8 @@ def main() -> None:
         if options.rank == 0:
             print(json.dumps(results))
         return
-    report = "\n".join([describe(options), "", *local_table(options), "", *rank_table(options)])
+    device = [*device_table(), ""] if options.device == "cuda" else []
+    report = "\n".join([describe(options), "", *device, *local_table(options), "", *rank_table(options)])
     print(report)
     if options.output:
         options.output.write_text(report + "\n")
@@ -171,6 +176,55 @@ def local_table(options: argparse.Namespace) -> list[str]:
                 f"| {run_self(options, '--memory-of', form, name):.0f} |"
             )
     return lines
+
+
+def device_table() -> list[str]:
+    """One row for every kernel and size: kernels' own time on the device, inputs cold, plans made before."""
+    from serial_scan_triton import serial_scan
+
+    lines = [
+        "| sequences | form | time on the device, µs | bytes a token | share of a copy's bandwidth |",
+        "|---|---|---|---|---|",
+    ]
+    config = FipoConfig.preset("official-32b", decay_half_life_tokens=HALF_LIFE)
+    for name, lengths in LENGTHS.items():
+        case = Case(lengths, "cuda")
+        plan = scan.segment_plan(lengths, case.packed.device)
+        advantages = -torch.ones_like(case.packed)
+        # More than any cache holds.
+        inputs = [(each, each.exp(), advantages.clone()) for each in copies_of(case.packed)]
+        sum_up = partial(kernel.segmented_reverse_sum, half_life=HALF_LIFE, plan=plan, dtype=torch.float32)
+        forms: dict[str, tuple[int, list[Callable[[], Any]]]] = {
+            "copy": (8, [partial(torch.clone, each) for each, _, _ in inputs]),
+            "scan": (8, [partial(sum_up, each) for each, _, _ in inputs]),
+            "fused": (20, [partial(kernel.fused_influence, *each, config, plan) for each in inputs]),
+            "Triton loop": (8, [partial(serial_scan, case.rows, HALF_LIFE)]),
+            "official": (8, [partial(by_official_form, case)]),
+        }
+        speeds: dict[str, float] = {}
+        for form, (bytes_a_token, calls) in forms.items():
+            seconds = seconds_on_device(calls)
+            speeds[form] = bytes_a_token * sum(lengths) / seconds
+            share = speeds[form] / speeds["copy"]
+            lines.append(f"| {name} | {form} | {seconds * 1e6:.1f} | {bytes_a_token} | {share:.1%} |")
+    return lines
+
+
+def copies_of(values: Tensor) -> list[Tensor]:
+    """As many copies as fill 512 MiB."""
+    return [values.clone() for _ in range(1 + 2**29 // values.nbytes)]
+
+
+def seconds_on_device(calls: Sequence[Callable[[], Any]]) -> float:
+    """Mean time of a call's kernels, without what passes between them."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6 / len(calls)
 
 
 def time_in_turns(calls: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, list[float]]:
