@@ -164,14 +164,16 @@ _UPDATES = Section(
         ),
         Metric(
             name="train/clip_fraction_low",
-            description="Tokens with A < 0 and r below the lower clip bound.",
+            description="Tokens with A < 0 (CISPO: with any A) and r, in GSPO that of the response, below the lower clip "
+            "bound.",
             unit="fraction",
             reduction="mean",
             combination="mean",
         ),
         Metric(
             name="train/clip_fraction_high",
-            description="Tokens with A > 0 and r above the upper clip bound.",
+            description="Tokens with A > 0 (CISPO: with any A) and r, in GSPO that of the response, above the upper clip "
+            "bound.",
             unit="fraction",
             reduction="mean",
             combination="mean",
@@ -232,8 +234,8 @@ _UPDATES = Section(
 _FIPO = Section(
     "Future-KL and influence weights",
     "F is a token's Future-KL, f its influence weight after clip and safety, exp(F) the raw weight, with F kept within "
-    "±20. An influence weight of exactly 1 changes nothing and is never counted as clipped. DAPO and GRPO report the "
-    "dual clip alone.",
+    "±20. An influence weight of exactly 1 changes nothing and is never counted as clipped. Other algorithms "
+    "report the dual clip alone, where they have one.",
     (
         Metric(
             name="fipo/null_future_kl_std",
@@ -287,7 +289,7 @@ _FIPO = Section(
         ),
         Metric(
             name="fipo/dual_clip_fraction",
-            description="Tokens with A < 0 and r above the dual-clip bound.",
+            description="Tokens with A < 0 and r, in GSPO that of the response, above the dual-clip bound.",
             unit="fraction",
             reduction="mean",
             combination="mean",
