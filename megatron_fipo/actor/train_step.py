@@ -39,7 +39,8 @@ class UpdateResult:
         applied: Whether the weights changed.
         skip_reason: Why not, or "".
         is_finite: Whether loss sum and gradient norm are finite.
-        loss: Σ numerators / D; NaN where D is 0.
+        loss: Σ numerators / D; NaN where no token is kept.
+        kept_tokens: Response tokens of sequences that were not dropped.
         denominator: D: a whole number of tokens or sequences, or a sum of weights.
         grad_norm: Global norm before clipping; 0 where D is 0.
         learning_rate: Rate the step was taken with.
@@ -50,6 +51,7 @@ class UpdateResult:
     skip_reason: str
     is_finite: bool
     loss: float
+    kept_tokens: int
     denominator: float
     grad_norm: float
     learning_rate: float
@@ -106,7 +108,7 @@ class TrainStep:
         assert self._denominator is not None, "the schedule did not finalize the gradients"
         denominator = float(self._denominator.item())
         summary = self._summarise(micro_batches, parts)
-        loss = summary["numerator"] / denominator if denominator else math.nan
+        loss = summary["numerator"] / denominator if summary["kept_tokens"] else math.nan
         grad_norm, applied, reason = 0.0, False, ""
         if summary["culprit"]:
             reason = f"the loss is {summary['numerator']}, first in {summary['culprit']}"
@@ -122,6 +124,7 @@ class TrainStep:
             skip_reason=reason,
             is_finite=not summary["culprit"] and math.isfinite(grad_norm),
             loss=loss,
+            kept_tokens=int(summary["kept_tokens"]),
             denominator=denominator,
             grad_norm=grad_norm,
             learning_rate=learning_rate,

@@ -6,6 +6,9 @@ from typing import Any
 
 from megatron_fipo.config.algorithm import FIPO_PRESETS, AlgorithmConfig, FipoConfig
 
+CARD_FILE = "effective_algorithm.txt"
+"""The card's name in a run directory and in an export."""
+
 
 def effective_algorithm(config: AlgorithmConfig) -> str:
     """Say which algorithm a configuration is: every value, and the published setting nearest to it.

@@ -67,6 +67,10 @@ class RunDirectory:
             ) from error
         return cls(path)
 
+    def write(self, name: str, text: str) -> None:
+        """Write a text file at the top of the directory."""
+        (self.path / name).write_text(text, encoding="utf-8")
+
     @property
     def rollouts(self) -> Path:
         """Folder of recorded rollout batches."""

@@ -13,7 +13,7 @@ from megatron_fipo.actor.model import build_model, build_provider, unwrap
 from megatron_fipo.actor.optimizer import ActorOptimizer
 from megatron_fipo.actor.reference import ReferencePolicy
 from megatron_fipo.actor.train_step import TrainStep
-from megatron_fipo.config.algorithm_card import effective_algorithm
+from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
 from megatron_fipo.config.base import require
 from megatron_fipo.config.load import dump_config, plain_values
 from megatron_fipo.config.run import RunConfig
@@ -74,8 +74,10 @@ def _build(config: RunConfig, progress: Progress, resources: ExitStack) -> Run:
     actor = _build_actor(config, bridge, context)
     directory = on_main_rank(lambda: RunDirectory.create(config.output_dir, dump_config(config)))
     metrics_writer = on_main_rank(lambda: resources.enter_context(closing(_open_writer(config, directory))))
-    if context.rank == 0:
-        logger.info("effective algorithm:\n%s", effective_algorithm(config.algorithm))
+    if directory is not None:
+        card = effective_algorithm(config.algorithm)
+        directory.write(CARD_FILE, card + "\n")
+        logger.info("effective algorithm:\n%s", card)
     rollout = None
     if generates:
         dtype = DTYPES[config.model.dtype]

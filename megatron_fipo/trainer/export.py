@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_fipo.actor.micro_batch import build_micro_batch
 from megatron_fipo.actor.model import unwrap
 from megatron_fipo.actor.shard import packing_rules
+from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
 from megatron_fipo.conversion.hf_folder import HfFolderWriter
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.parallel.packing import plan_packs
@@ -64,7 +65,9 @@ def _write(run: Run, dtype: torch.dtype) -> tuple[HfFolderWriter | None, str]:
     writer, partial = None, ""
     if run.directory is not None:
         writer = HfFolderWriter(run.directory.export, bridge.folder, bridge.export_config(dtype))
-        partial = str(writer.write(stream))
+        folder = writer.write(stream)
+        (folder / CARD_FILE).write_text(effective_algorithm(run.config.algorithm) + "\n", encoding="utf-8")
+        partial = str(folder)
     else:
         for _ in stream:
             pass

@@ -57,13 +57,14 @@ def report_step(
     run.metrics_writer.write(metrics)
     run.progress.end_step(step, metrics)
     _log_step(run, metrics)
+    warn_of_noise(metrics, run.config.metrics.null_future_kl_budget)
     _log_evaluation(run, step, evaluation)
 
 
 def combine_updates(results: Sequence[UpdateResult]) -> dict[str, Any]:
     """A step's metrics from those of its updates, each combined as the catalogue says.
 
-    An update with nothing to learn from (D = 0) has no loss, so it counts among the skipped alone.
+    An update with nothing to learn from (no token kept) has no loss, so it counts among the skipped alone.
 
     Args:
         results: The updates in order; none where there was nothing to do.
@@ -82,7 +83,7 @@ def _update_metrics(result: UpdateResult) -> dict[str, float]:
     metrics = {key: value for key, value in result.metrics.items() if key != "train/loss"}
     metrics["train/learning_rate"] = result.learning_rate
     metrics["train/loss_by_update"], metrics["train/grad_norm_by_update"] = result.loss, result.grad_norm
-    if result.denominator:
+    if result.kept_tokens:
         metrics["train/loss"], metrics["train/grad_norm"] = result.loss, result.grad_norm
     if "fipo/future_kl_square_mean" in metrics:
         variance = metrics["fipo/future_kl_square_mean"] - metrics["fipo/future_kl_mean"] ** 2
@@ -149,6 +150,19 @@ def _log_step(run: Run, metrics: Mapping[str, Any]) -> None:
     if "fipo/influence_weight_mean" in metrics:
         parts.append(f"influence {metrics['fipo/influence_weight_mean']:.4f}")
     logger.info("%s (%.1f s)", ", ".join(parts), seconds)
+
+
+def warn_of_noise(metrics: Mapping[str, Any], budget: float) -> None:
+    """Say so where the first update's Future-KL, which must be 0, is not."""
+    noise = metrics.get("fipo/null_future_kl_std", 0.0)
+    if noise > budget:
+        logger.warning(
+            "std(F) = %.4f on the first update, where the policy is the old one and F must be 0; the budget is "
+            "metrics.null_future_kl_budget = %g. Log-probabilities of the update differ from the old ones by numerical "
+            "noise, and the influence weights with them: see docs/algorithm.md",
+            noise,
+            budget,
+        )
 
 
 def _log_evaluation(run: Run, step: int, evaluation: Mapping[str, float]) -> None:

@@ -266,6 +266,7 @@ def drop_everything(root: Path) -> tuple[UpdateResult, bool]:
 def test_official_averaging_does_not_step_when_everything_is_dropped(root):
     ((result, unchanged),) = run_distributed(drop_everything, 1, root)
     assert result.denominator > 0
+    assert (result.kept_tokens, math.isnan(result.loss)) == (0, True)
     assert not result.applied
     assert "no response token is left" in result.skip_reason
     assert unchanged

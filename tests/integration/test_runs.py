@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_fipo.config.algorithm_card import effective_algorithm
 from megatron_fipo.config.load import load_config
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
@@ -154,6 +155,13 @@ def test_samples_are_written_with_their_rewards(parallel_runs: dict[str, RunConf
 def test_the_written_configuration_is_the_runs(parallel_runs: dict[str, RunConfig]) -> None:
     for config in parallel_runs.values():
         assert load_config(RunConfig, config.output_dir / "config.yaml") == config
+
+
+def test_the_effective_algorithm_lies_beside_run_and_export(parallel_runs: dict[str, RunConfig]) -> None:
+    config = parallel_runs["first"]
+    card = effective_algorithm(config.algorithm) + "\n"
+    for folder in (config.output_dir, config.output_dir / "export"):
+        assert (folder / "effective_algorithm.txt").read_text(encoding="utf-8") == card
 
 
 def test_the_export_is_a_trained_model(root: Path, parallel_runs: dict[str, RunConfig]) -> None:

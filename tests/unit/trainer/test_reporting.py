@@ -4,15 +4,16 @@ from typing import Any
 import pytest
 
 from megatron_fipo.actor.train_step import UpdateResult
-from megatron_fipo.trainer.reporting import combine_updates
+from megatron_fipo.trainer.reporting import combine_updates, warn_of_noise
 
 
 def update(loss: float, metrics: dict[str, float] | None = None, **values: Any) -> UpdateResult:
-    fields = {"applied": True, "skip_reason": "", "is_finite": True, "denominator": 10, "grad_norm": 2 * loss}
+    fields = {"applied": True, "skip_reason": "", "is_finite": True}
+    fields |= {"kept_tokens": 10, "denominator": 10.0, "grad_norm": 2 * loss}
     return UpdateResult(loss=loss, metrics=metrics or {}, learning_rate=loss / 10, **(fields | values))
 
 
-SKIPPED = {"applied": False, "skip_reason": "nothing left", "denominator": 0, "grad_norm": 0.0}
+SKIPPED = {"applied": False, "skip_reason": "nothing left", "kept_tokens": 0, "grad_norm": 0.0}
 
 
 def test_a_step_is_the_mean_over_its_updates() -> None:
@@ -50,8 +51,9 @@ def test_a_metric_that_an_update_lacks_is_the_mean_of_the_others() -> None:
     assert combine_updates(parts)["train/policy_kl"] == 1.0
 
 
-def test_an_update_without_tokens_counts_among_the_skipped_alone() -> None:
-    combined = combine_updates([update(1.0), update(math.nan, **SKIPPED), update(3.0)])
+@pytest.mark.parametrize("denominator", [0.0, 16.0], ids=["token mean", "official: samples count"])
+def test_an_update_without_tokens_counts_among_the_skipped_alone(denominator: float) -> None:
+    combined = combine_updates([update(1.0), update(math.nan, **SKIPPED, denominator=denominator), update(3.0)])
     assert (combined["train/updates"], combined["train/updates_skipped"]) == (3, 1)
     assert (combined["train/loss"], combined["train/grad_norm"]) == (2.0, 4.0)
     assert combined["train/grad_norm_by_update"] == [2.0, 0.0, 6.0]
@@ -79,6 +81,15 @@ def test_the_null_mini_batch_is_the_first_update() -> None:
 def test_rounding_of_the_spread_gives_no_imaginary_number() -> None:
     first = update(1.0, {"fipo/future_kl_mean": 0.1, "fipo/future_kl_square_mean": 0.1**2 - 1e-18})
     assert combine_updates([first])["fipo/null_future_kl_std"] == 0.0
+
+
+def test_noise_on_the_null_mini_batch_over_budget_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="megatron_fipo"):
+        warn_of_noise({"fipo/null_future_kl_std": 0.01}, 0.01)
+        warn_of_noise({"train/loss": 1.0}, 0.0)
+        assert not caplog.records
+        warn_of_noise({"fipo/null_future_kl_std": 0.02}, 0.01)
+    assert "std(F) = 0.0200 on the first update" in caplog.text
 
 
 def test_no_update_is_no_metric() -> None:
