@@ -27,6 +27,10 @@ megatron-fipo inspect RUN [--step N] [--sample I]
 `megatron-fipo train --help` lists every field, and so does `megatron-fipo evaluate --help`.
 """
 
+# What a command meets first where the package was installed for its losses alone.
+_IN_EXTRAS = frozenset({"numpy", "psutil", "pydantic", "rich", "tyro", "yaml"})
+_INSTALL = "pip install 'megatron-fipo[train]', or [launch] to check configurations; docs/install.md has the rest"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 the run failed, 2 the input was bad."""
@@ -46,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Without a rank (the launcher's variables are wrong, perhaps on this one alone) every process speaks.
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron-fipo: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in _IN_EXTRAS:
+            raise
+        print(f"megatron-fipo: {error}; {_INSTALL}", file=sys.stderr)
         return 2
 
 

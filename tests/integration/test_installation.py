@@ -115,11 +115,17 @@ def test_the_wheel_holds_the_package_and_requires_torch_alone(wheel: Path) -> No
     assert metadata["Requires-Python"] == PROJECT["requires-python"]
 
 
-def test_the_losses_run_where_there_is_torch_alone(wheel: Path, tmp_path: Path) -> None:
-    site_packages = environment_of("torch", tmp_path / "environment")
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with the wheel and torch."""
+    folder = tmp_path_factory.mktemp("environment")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site_packages)
-    python = tmp_path / "environment" / "bin" / "python"
+        archive.extractall(environment_of("torch", folder))
+    return folder / "bin" / "python"
+
+
+def test_the_losses_run_where_there_is_torch_alone(python: Path) -> None:
+    (site_packages,) = python.parents[1].glob("lib/python*/site-packages")
     installed = [path.name for path in site_packages.iterdir()]
     assert not {"numpy", "triton", "pydantic", "yaml", "megatron", "transformers"} & set(installed)
     done = subprocess.run([python, "-I", "-c", PROBE], capture_output=True, text=True)
@@ -136,3 +142,13 @@ def test_the_losses_run_where_there_is_torch_alone(wheel: Path, tmp_path: Path) 
     )
     assert there["found"] == json.loads(here.stdout.splitlines()[-1])["found"]
     assert there["found"]["scan"] == [1.75, 1.5, 1.0, 1.5, 1.0]
+
+
+@pytest.mark.parametrize("command", ["check", "train", "evaluate", "inspect"])
+def test_a_command_names_the_extra_that_it_needs(python: Path, tmp_path: Path, command: str) -> None:
+    (tmp_path / "config.yaml").write_text("num_steps: 1\n")
+    words = [python, "-I", "-m", "megatron_fipo.cli", command, tmp_path if command == "inspect" else "config.yaml"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("megatron-fipo: No module named '"), done.stderr
+    assert "pip install 'megatron-fipo[train]'" in done.stderr
