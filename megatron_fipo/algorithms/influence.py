@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fipo.algorithms.future_kl import kernel
 from megatron_fipo.algorithms.future_kl.context_parallel import future_kl as context_parallel_future_kl
+from megatron_fipo.algorithms.future_kl.scan import segment_plan
 from megatron_fipo.algorithms.influence_controls import shuffle_within_responses, variance_decay
 from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.parallel.layout import PackLayout
@@ -68,6 +70,30 @@ def influence(
         group: The context-parallel group; may be None where `layout.cp_size` is 1.
         config: The rules.
     """
+    if layout.cp_size == 1 and config.decay == "constant" and kernel.can_run(terms.log_ratio):
+        plan = segment_plan(layout.local_chunk_lengths, terms.log_ratio.device)
+        future_kl, weights, counts = kernel.fused_influence(
+            terms.log_ratio, terms.ratio, terms.advantages, config, plan
+        )
+    else:
+        future_kl, counts = _future_kl(terms, clipped, layout, group, config)
+        weights = influence_weights(future_kl, terms.ratio, terms.advantages, config)
+    if config.influence == "constant":
+        weights = torch.full_like(future_kl, config.constant_influence)
+    if config.influence == "shuffled":
+        assert sequence_numbers is not None, "checked with the other inputs"
+        weights = shuffle_within_responses(weights, terms.mask, sequence_numbers, layout, group)
+    return Influence(future_kl=future_kl, weights=weights, clipped_counts=counts)
+
+
+def _future_kl(
+    terms: RatioTerms,
+    clipped: Tensor,
+    layout: PackLayout,
+    group: dist.ProcessGroup | None,
+    config: FipoConfig,
+) -> tuple[Tensor, Tensor]:
+    """Future-KL [t], and the clipped tokens of every sequence, [N] int64."""
     summed = participating_log_ratio(terms.log_ratio, terms.advantages, config)
     decay = None
     if config.decay == "variance":
@@ -76,16 +102,7 @@ def influence(
     future_kl, counts = context_parallel_future_kl(
         summed, config.decay_half_life_tokens, layout, group, clipped, decay=decay
     )
-    if not config.include_current_token:
-        future_kl = future_kl - summed
-    if config.influence == "constant":
-        weights = torch.full_like(future_kl, config.constant_influence)
-    else:
-        weights = influence_weights(future_kl, terms.ratio, terms.advantages, config)
-    if config.influence == "shuffled":
-        assert sequence_numbers is not None, "checked with the other inputs"
-        weights = shuffle_within_responses(weights, terms.mask, sequence_numbers, layout, group)
-    return Influence(future_kl=future_kl, weights=weights, clipped_counts=counts)
+    return future_kl if config.include_current_token else future_kl - summed, counts
 
 
 def participating_log_ratio(log_ratio: Tensor, advantages: Tensor, config: FipoConfig) -> Tensor:

@@ -164,16 +164,14 @@ _UPDATES = Section(
         ),
         Metric(
             name="train/clip_fraction_low",
-            description="Tokens with A < 0 (CISPO: with any A) and r, in GSPO that of the response, below the lower clip "
-            "bound.",
+            description="Tokens with A < 0 (CISPO: any A) and r, in GSPO that of the response, below the lower bound.",
             unit="fraction",
             reduction="mean",
             combination="mean",
         ),
         Metric(
             name="train/clip_fraction_high",
-            description="Tokens with A > 0 (CISPO: with any A) and r, in GSPO that of the response, above the upper clip "
-            "bound.",
+            description="Tokens with A > 0 (CISPO: any A) and r, in GSPO that of the response, above the upper bound.",
             unit="fraction",
             reduction="mean",
             combination="mean",
