@@ -43,7 +43,7 @@ class RunConfig:
     """Prompts; needed unless mode is train_only."""
 
     algorithm: AlgorithmConfig
-    """Policy loss: fipo, dapo or grpo."""
+    """Policy loss: fipo, dapo, grpo, dr_grpo, gspo, cispo, sapo or gmpo."""
 
     reward: RewardConfig = RewardConfig()
     """Scoring."""
