@@ -183,7 +183,8 @@ def segmented_reverse_sum(
         blocks[:, -1].add_(plan.next_heads(heads), alpha=decay)
     # Part by part, so that the products stay in the cache, and in place where they can: fresh memory costs most.
     sums = blocks if dtype == blocks.dtype else torch.empty_like(blocks, dtype=dtype)
-    for part, summed in zip(blocks.split(_BLOCKS_AT_ONCE), sums.split(_BLOCKS_AT_ONCE), strict=True):
+    parts = (torch.split(each, _BLOCKS_AT_ONCE) for each in (blocks, sums))
+    for part, summed in zip(*parts, strict=True):
         summed.copy_(part @ triangle)
     return plan.from_blocks(sums)
 
