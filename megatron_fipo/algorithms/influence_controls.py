@@ -15,7 +15,7 @@ from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.parallel.packs import gather_pack
 
 VARIANCE_FLOOR = 1e-8
-"""Added to every variance of `decay = variance`, in nats²."""
+"""Added to every variance of `decay = variance`, in nats²; a median variance up to this counts as none."""
 
 
 def shuffle_within_responses(
@@ -60,7 +60,8 @@ def variance_decay(
 
     R_t is the variance of M·Δ over the participating tokens among the next `variance_window_tokens` positions (over the
     whole response where fewer than two are left), and Q puts the median of each response at γ. Public code takes the
-    median over a micro-batch, which depends on the packing. A response without any variance keeps γ.
+    median over a micro-batch, which depends on the packing. A response whose median variance is at most
+    `VARIANCE_FLOOR` keeps γ throughout, where public code asks for zero: rounding must not decide.
 
     Args:
         terms: [t], M·Δ; zero where a token takes no part.
@@ -82,7 +83,7 @@ def variance_decay(
     decay = 2.0 ** (-1.0 / config.decay_half_life_tokens)
     pull = decay * medians
     decays = (pull / (pull + (1 - decay) * variances)).clamp(config.variance_decay_low, config.variance_decay_high)
-    decays = torch.where(in_response & (medians > VARIANCE_FLOOR), decays, decay)
+    decays = torch.where(in_response & (medians > 2 * VARIANCE_FLOOR), decays, decay)
     return layout.shard(decays)
 
 

@@ -143,7 +143,7 @@ def test_the_term_is_added_with_the_averaging_of_the_algorithm(config, estimator
         "sequence_sum": np.full(lengths.shape, 1 / ((config.length_divisor or 1) * (lengths > 0).sum())),
     }[config.aggregation]
     chosen = mask.numpy()
-    assert float(result.loss - plain.loss) == pytest.approx(
+    assert float((result.loss - plain.loss).detach()) == pytest.approx(
         coefficient * float((weights * term(difference))[chosen].sum()), rel=1e-11
     )
     assert (gradient - without)[mask].tolist() == pytest.approx(

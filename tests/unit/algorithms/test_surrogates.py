@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from megatron_fipo.algorithms.aggregation import SequenceCounts
+from megatron_fipo.algorithms.sequence_means import sequence_means
 from megatron_fipo.algorithms.surrogates import (
     clipped_log_ratio,
     clipped_surrogate,
@@ -14,6 +16,7 @@ from megatron_fipo.algorithms.surrogates import (
     truncated_reinforce,
 )
 from megatron_fipo.config.baselines import CispoConfig, DapoConfig, GmpoConfig, GrpoConfig, SapoConfig
+from megatron_fipo.parallel.layout import PackLayout
 
 
 def leaf(*values: float) -> torch.Tensor:
@@ -23,6 +26,18 @@ def leaf(*values: float) -> torch.Tensor:
 def slopes(values: torch.Tensor, of: torch.Tensor) -> list[float]:
     """dy_t/dx_t of every token; y_t reads its own x alone."""
     return torch.autograd.grad(values.sum(), of, retain_graph=True)[0].tolist()
+
+
+def test_a_mean_is_over_response_tokens_and_zero_where_there_are_none() -> None:
+    values = torch.tensor([1.0, 4.0, math.nan, math.nan, math.nan, 8.0])
+    counts = SequenceCounts(
+        sequence_ids=torch.tensor([0, 0, 0, 1, 2, 2]),
+        response_lengths=torch.tensor([2, 0, 1]),
+        dropped=torch.zeros(3, dtype=torch.bool),
+        counted_here=True,
+    )
+    means = sequence_means(values, ~values.isnan(), counts, PackLayout((3, 1, 2)), None)
+    assert means.tolist() == [2.5, 2.5, 2.5, 0.0, 8.0, 8.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
