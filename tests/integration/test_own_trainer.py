@@ -86,7 +86,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
 
 
 def test_the_trl_trainer_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trl", reason="TRL is not in the locked environment: pip install trl==1.16.0")
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "own_trainer"))
     program = load_program("examples/own_trainer/trl_trainer.py")
     rewards = [line["reward"] for line in program.main(str(tmp_path), rollouts=16) if "reward" in line]
