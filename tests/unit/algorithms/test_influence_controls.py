@@ -337,7 +337,7 @@ def test_variance_decay_is_gamma_at_the_median_and_reaches_further_where_it_is_c
     assert np.isclose(values, 2 ** (-1 / 32), rtol=1e-12).any()
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.25, -3.0])
+@pytest.mark.parametrize("shift", [0.0, 0.1, -3.0])
 def test_without_variance_the_decay_is_constant(shift: float) -> None:
     """To rounding where every log-ratio is the same, bit for bit where they are zero."""
     batch = rows(seed=6, spread=0.0)
