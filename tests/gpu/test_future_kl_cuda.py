@@ -1,4 +1,7 @@
-"""The Future-KL kernel on a CUDA device, at the sizes it is for: `pytest -q tests/gpu/test_future_kl_cuda.py`."""
+"""The Future-KL kernel on a CUDA device, at the sizes it is for. Never run so far.
+
+pytest -q tests/gpu/test_future_kl_cuda.py
+"""
 
 import math
 from collections.abc import Iterator

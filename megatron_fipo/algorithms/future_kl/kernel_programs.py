@@ -305,13 +305,20 @@ def _sum_behind(word, reach, inverse_half_life, tile_size: tl.constexpr):
     for nearest in range(1, reach + 1, WINDOW):
         steps = nearest + tl.arange(0, WINDOW)
         waited_for = steps <= reach
-        words = tl.load(word + steps, mask=waited_for, other=0, volatile=True)
+        words = _read(word + steps, waited_for)
         while tl.max((words == EMPTY).to(tl.int32), axis=0) > 0:
-            words = tl.load(word + steps, mask=waited_for, other=0, volatile=True)
+            words = _read(word + steps, waited_for)
         decays = tl.exp2((1 - steps).to(tl.float64) * tile_size * inverse_half_life)
         sums = words.to(tl.float64, bitcast=True)
         total += tl.sum(tl.where(waited_for & (decays > 0.0), decays * sums, 0.0), axis=0)
     return total
+
+
+@triton.jit
+def _read(words, wanted):
+    # An atomic, although nothing is changed. One thread reads a word and hands it to whichever others hold that place
+    # of the tensor; with a load each would read for itself, and warps that saw different words would part ways.
+    return tl.where(wanted, tl.atomic_or(words, tl.zeros([WINDOW], tl.int64), mask=wanted, sem="relaxed"), 0)
 
 
 @triton.jit
