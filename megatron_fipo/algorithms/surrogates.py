@@ -72,7 +72,7 @@ def truncated_reinforce(log_probs: Tensor, ratio: Tensor, advantages: Tensor, co
     weights = ratio.clamp(config.weight_low, config.weight_high)
     return Surrogate(
         losses=-weights * advantages * log_probs,
-        clipped_low=ratio < config.weight_low,
+        clipped_low=ratio < config.weight_low if config.weight_low > 0 else None,
         clipped_high=ratio > config.weight_high,
     )
 

@@ -73,7 +73,7 @@ class FipoConfig(ClippedSurrogateConfig):
 
     self_normalize: bool = False
     """Control: divide the loss by the sum of the weights instead of the number of tokens, so that they can
-    only move weight between tokens. Needs aggregation = token_mean."""
+    only move weight between tokens. A reference KL is divided by it, too. Needs aggregation = token_mean."""
 
     decay: DecayMode = "constant"
     """`constant` is γ = 2^(−1/τ). Control `variance` (FIPO-K): a token's decay is smaller where the log-ratios

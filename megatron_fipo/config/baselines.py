@@ -99,8 +99,7 @@ class CispoConfig(PolicyGradientConfig):
     """Lower bound of the weight, the ratio itself. CISPO: none."""
 
     weight_high: float = 5.0
-    """Upper bound of the weight, the ratio itself. The paper does not state its own; 5 is what ScaleRL
-    (arXiv:2510.13786) found to do."""
+    """Upper bound of the weight, the ratio itself. The paper does not state its own; 5 is this project's choice."""
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
