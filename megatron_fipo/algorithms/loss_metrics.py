@@ -1,5 +1,6 @@
 """What a policy loss reports about itself, as accumulators that merge over micro-batches and ranks."""
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -88,7 +89,7 @@ def _ratio_metrics(terms: PolicyTerms, config: AlgorithmConfig) -> Metrics:
     ratio, positive, negative = terms.ratio, terms.advantages > 0, terms.advantages < 0
     from_4 = ratio >= 4
     if isinstance(config, ClippedSurrogateConfig) and config.dual_clip is not None:
-        from_4 = from_4 & (ratio <= config.dual_clip)
+        from_4 = from_4 & (terms.log_ratio <= math.log(config.dual_clip))
     return {
         "train/ratio_mean": Accumulator.mean(ratio),
         "train/ratio_max": Accumulator.max(ratio),

@@ -180,6 +180,15 @@ class FipoConfig(ClippedSurrogateConfig):
             rule=f"must lie in (0, variance_decay_high = {self.variance_decay_high}], and that at most at 1",
             way_out="use 0.5 and 0.9995",
         )
+        decay = 2.0 ** (-1.0 / self.decay_half_life_tokens)
+        require(
+            self.decay != "variance" or self.variance_decay_low <= decay <= self.variance_decay_high,
+            field="decay_half_life_tokens",
+            value=self.decay_half_life_tokens,
+            rule=f"gives γ = {decay:.6g}, which decay = variance cannot have as its median: variance_decay_low = "
+            f"{self.variance_decay_low} and variance_decay_high = {self.variance_decay_high} bound every decay",
+            way_out="widen the bounds, or change the half-life",
+        )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "FipoConfig":

@@ -163,6 +163,7 @@ def test_fipo_refuses_what_would_not_be_fipo(values, field, message):
         (FipoConfig, {"self_normalize": True, "aggregation": "sequence_mean"}, "self_normalize", "token_mean"),
         (FipoConfig, {"variance_window_tokens": 1}, "variance_window_tokens", "at least 2"),
         (FipoConfig, {"variance_decay_low": 0.9, "variance_decay_high": 0.5}, "variance_decay_low", "must lie in"),
+        (FipoConfig, {"decay": "variance", "decay_half_life_tokens": math.inf}, "decay_half_life_tokens", "median"),
         (DapoConfig, {"aggregation": "sequence_sum"}, "length_divisor", "at least 1"),
         (DrGrpoConfig, {"length_divisor": 0}, "length_divisor", "at least 1"),
         (DrGrpoConfig, {"length_divisor": 9, "aggregation": "token_mean"}, "length_divisor", "does not read it"),
