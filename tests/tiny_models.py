@@ -1,5 +1,6 @@
 """Tiny random Hugging Face model folders with a byte-level tokenizer, written once per test session."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,22 +42,35 @@ _MOE = {
 }
 
 
-def write_tiny_model(folder: Path, architecture: str = "qwen2", *, tied: bool = True, seed: int = 0) -> Path:
-    """Write a random float32 model of the given architecture, with tokenizer, and return its folder."""
+def write_tiny_model(
+    folder: Path,
+    architecture: str = "qwen2",
+    *,
+    tied: bool = True,
+    seed: int = 0,
+    scales: Mapping[str, float] | None = None,
+    **shape: int,
+) -> Path:
+    """Write a random float32 model of the given architecture, with tokenizer, and return its folder.
+
+    `shape` holds fields of its configuration, `scales` factors of the usual weights by a part of a parameter's name,
+    of which the first that fits counts.
+    """
     torch.manual_seed(seed)
     if architecture == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**_SHAPE, tie_word_embeddings=tied))
+        model = Qwen2ForCausalLM(Qwen2Config(**_SHAPE | shape, tie_word_embeddings=tied))
     elif architecture == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=tied))
+        model = Qwen3ForCausalLM(Qwen3Config(**_SHAPE | {"head_dim": 16} | shape, tie_word_embeddings=tied))
     elif architecture == "qwen3_moe":
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SHAPE, **_MOE, tie_word_embeddings=False))
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SHAPE | _MOE | shape, tie_word_embeddings=False))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=tied))
+        model = LlamaForCausalLM(LlamaConfig(**_SHAPE | shape, tie_word_embeddings=tied))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.add_(1.0)
+        parameter.data.mul_(next((factor for part, factor in (scales or {}).items() if part in name), 1.0))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
