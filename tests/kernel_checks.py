@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.algorithms.future_kl import kernel, reference
-from megatron_fipo.algorithms.future_kl.scan import segment_plan
+from megatron_fipo.algorithms.future_kl.segments import segment_plan
 from megatron_fipo.algorithms.influence import beyond_dual_clip, influence_weights, participating_log_ratio
 from megatron_fipo.config.algorithm import FipoConfig
 

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.algorithms.future_kl import context_parallel, kernel, reference, scan
+from megatron_fipo.algorithms.future_kl.segments import segment_plan
 from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.parallel.packs import gather_pack
@@ -74,7 +75,7 @@ class Case:
 
 def by_scan(case: Case) -> Tensor:
     """[T]."""
-    scan.segment_plan.cache_clear()
+    segment_plan.cache_clear()
     if len(set(case.lengths)) == 1:
         return scan.future_kl(case.rows, HALF_LIFE).reshape(-1)
     return scan.future_kl(case.packed, HALF_LIFE, case.cu_seqlens)
@@ -189,7 +190,7 @@ def device_table() -> list[str]:
     config = FipoConfig.preset("official-32b", decay_half_life_tokens=HALF_LIFE)
     for name, lengths in LENGTHS.items():
         case = Case(lengths, "cuda")
-        plan = scan.segment_plan(lengths, case.packed.device)
+        plan = segment_plan(lengths, case.packed.device)
         advantages = -torch.ones_like(case.packed)
         # More than any cache holds.
         inputs = [(each, each.exp(), advantages.clone()) for each in copies_of(case.packed)]

@@ -9,13 +9,10 @@ from torch import Tensor
 
 from megatron_fipo.algorithms.future_kl import kernel
 from megatron_fipo.algorithms.future_kl.context_parallel import future_kl as context_parallel_future_kl
-from megatron_fipo.algorithms.future_kl.scan import segment_plan
+from megatron_fipo.algorithms.future_kl.segments import segment_plan
 from megatron_fipo.algorithms.influence_controls import shuffle_within_responses, variance_decay
-from megatron_fipo.config.algorithm import FipoConfig
+from megatron_fipo.config.algorithm import SAFE_WEIGHT_FLOOR, FipoConfig
 from megatron_fipo.parallel.layout import PackLayout
-
-SAFE_WEIGHT_FLOOR = 0.8
-"""Lower end of the range that `safety_mode = clamp` keeps a weight in; written into the official code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fipo.algorithms.future_kl.scan import SegmentPlan, segment_plan, segmented_reverse_sum
+from megatron_fipo.algorithms.future_kl.scan import segmented_reverse_sum
+from megatron_fipo.algorithms.future_kl.segments import SegmentPlan, segment_plan
 from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.parallel.packs import gather_pack

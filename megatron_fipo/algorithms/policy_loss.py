@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.algorithms.aggregation import SequenceCounts, aggregate
-from megatron_fipo.algorithms.future_kl.scan import segment_plan
+from megatron_fipo.algorithms.future_kl.segments import segment_plan
 from megatron_fipo.algorithms.influence import Influence, RatioTerms, beyond_dual_clip, influence
 from megatron_fipo.algorithms.loss_metrics import PolicyTerms, mismatch_metrics, policy_metrics, reference_metrics
 from megatron_fipo.algorithms.sequence_means import sequence_means

@@ -21,6 +21,9 @@ SafetyMode = Literal["clamp", "reset"]
 InfluenceMode = Literal["future_kl", "shuffled", "constant"]
 DecayMode = Literal["constant", "variance"]
 
+SAFE_WEIGHT_FLOOR = 0.8
+"""Lower end of the range that `safety_mode = clamp` keeps a weight in; written into the official code."""
+
 
 @config_class
 class FipoConfig(ClippedSurrogateConfig):

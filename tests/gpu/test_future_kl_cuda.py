@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_fipo.algorithms.future_kl import kernel, reference, scan
-from megatron_fipo.algorithms.future_kl.scan import SegmentPlan, segment_plan
+from megatron_fipo.algorithms.future_kl.segments import SegmentPlan, segment_plan
 from megatron_fipo.config.algorithm import FipoConfig
 from tests.kernel_checks import adversarial, check_influence, check_sums, log_ratios
 

@@ -11,14 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.algorithms.future_kl.scan import (
-    SegmentPlan,
     check_half_life,
     result_dtype,
     segment_heads,
-    segment_plan,
     segmented_reverse_scan,
     segmented_reverse_sum,
 )
+from megatron_fipo.algorithms.future_kl.segments import SegmentPlan, segment_plan
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.parallel.packs import check_group
 

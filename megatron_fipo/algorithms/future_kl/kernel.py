@@ -11,16 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_fipo.config.algorithm import FipoConfig
+from megatron_fipo.algorithms.future_kl.segments import SegmentPlan
+from megatron_fipo.config.algorithm import SAFE_WEIGHT_FLOOR, FipoConfig
 from megatron_fipo.parallel.layout import copy_to
-
-if TYPE_CHECKING:
-    from megatron_fipo.algorithms.future_kl.scan import SegmentPlan
 
 TILE = 2048
 """Tokens of one program; a power of two."""
@@ -39,7 +36,7 @@ def can_run(values: Tensor) -> bool:
 def segmented_reverse_sum(
     values: Tensor,
     half_life: float,
-    plan: "SegmentPlan",
+    plan: SegmentPlan,
     following: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     *,
@@ -85,7 +82,7 @@ def segmented_reverse_sum(
     return sums
 
 
-def segment_heads(values: Tensor, half_life: float, plan: "SegmentPlan", *, tile: int = TILE) -> Tensor:
+def segment_heads(values: Tensor, half_life: float, plan: SegmentPlan, *, tile: int = TILE) -> Tensor:
     """What `segmented_reverse_sum` gives for the first value of every segment, as `scan.segment_heads`.
 
     Reads the values and writes nothing else.
@@ -129,7 +126,7 @@ def fused_influence(
     ratio: Tensor,
     advantages: Tensor,
     config: FipoConfig,
-    plan: "SegmentPlan",
+    plan: SegmentPlan,
     following: Tensor | None = None,
     *,
     tile: int = TILE,
@@ -154,7 +151,6 @@ def fused_influence(
         with a negative advantage, [S] int64. None has a gradient.
     """
     from megatron_fipo.algorithms.future_kl.kernel_programs import influence_kernel
-    from megatron_fipo.algorithms.influence import SAFE_WEIGHT_FLOOR
 
     log_ratio = log_ratio.detach().contiguous()
     future_kl, weights = torch.empty_like(log_ratio), torch.empty_like(log_ratio)
@@ -214,7 +210,7 @@ def _horizon(half_life: float, tile: int) -> int:
 
 
 @lru_cache(maxsize=32)
-def _tile_segments(plan: "SegmentPlan", tile: int) -> Tensor:
+def _tile_segments(plan: SegmentPlan, tile: int) -> Tensor:
     """For every tile the first segment with a token in it or behind its start, and the first one behind it."""
     ends = torch.tensor(list(accumulate(plan.lengths)), dtype=torch.int64)
     starts = ends - torch.tensor(plan.lengths, dtype=torch.int64)

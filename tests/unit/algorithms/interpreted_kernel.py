@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.algorithms.future_kl import kernel
-from megatron_fipo.algorithms.future_kl.scan import segment_plan
+from megatron_fipo.algorithms.future_kl.segments import segment_plan
 from megatron_fipo.config.algorithm import FipoConfig
 from tests.kernel_checks import adversarial, check_influence, check_sums, log_ratios
 

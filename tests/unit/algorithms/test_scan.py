@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.algorithms.future_kl import reference, scan
+from megatron_fipo.algorithms.future_kl.segments import segment_plan
 from tests.host_waits import NoHostWaits
 
 HALF_LIVES = st.sampled_from([0.01, 0.7, 8.0, 32.0, 256.0, 1e12, math.inf])
@@ -52,7 +53,7 @@ def draw_decay(count: int, seed: int) -> torch.Tensor:
 def test_a_decay_for_every_token_equals_the_definition(lengths, seed):
     log_ratio, cu_seqlens = packed(lengths, seed)
     decay = draw_decay(len(log_ratio), seed)
-    plan = scan.segment_plan(tuple(lengths), torch.device("cpu"))
+    plan = segment_plan(tuple(lengths), torch.device("cpu"))
     sums, products = scan.segmented_reverse_scan(log_ratio, decay, plan)
     expected = reference.future_kl(log_ratio, 1.0, cu_seqlens, decay)
     torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
@@ -64,7 +65,7 @@ def test_a_decay_for_every_token_equals_the_definition(lengths, seed):
 def test_decays_of_zero_and_one_are_exact(decay):
     values, _ = packed([3000], seed=9)
     values = (values * 8).round()
-    plan = scan.segment_plan((3000,), values.device)
+    plan = segment_plan((3000,), values.device)
     sums, products = scan.segmented_reverse_scan(values, torch.full_like(values, decay), plan)
     assert torch.equal(sums, values if decay == 0.0 else values.flip(0).cumsum(0).flip(0))
     assert torch.equal(products, torch.full_like(values, decay))
@@ -75,7 +76,7 @@ def test_decays_of_zero_and_one_are_exact(decay):
 def test_what_follows_a_segment_is_decayed_by_its_distance(lengths, half_life, seed):
     values, cu_seqlens = packed(lengths, seed)
     following, _ = packed([len(lengths)], seed + 1)
-    plan = scan.segment_plan(tuple(lengths), values.device)
+    plan = segment_plan(tuple(lengths), values.device)
     actual = scan.segmented_reverse_sum(values, half_life, plan, following)
     alone = reference.future_kl(values, half_life, cu_seqlens)
     distance = torch.cat([values[:0], *(torch.arange(each, 0, -1, dtype=torch.float64) for each in lengths)])
