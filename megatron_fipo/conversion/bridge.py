@@ -5,7 +5,6 @@ scattered inside its tensor-parallel group, and broadcast to the other replicas.
 under their Hugging Face names, in which every rank takes part.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from transformers import AutoConfig
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.conversion.bridge_import import import_bridge
 from megatron_fipo.conversion.hf_folder import (
-    INDEX_NAME,
     SINGLE_NAME,
     check_weights,
     model_config_for,
     read_model_config,
+    read_weight_map,
 )
 from megatron_fipo.parallel.context import ParallelContext
 
@@ -159,8 +158,7 @@ class _LazySource(Mapping[str, Tensor]):
         groups = context.groups
         self._reads_dense = context.tp_rank == 0 and context.dp_cp_group.rank() == 0
         self._reads_experts = groups.expt_tp.rank() == 0 and groups.expt_dp.rank() == 0
-        index = folder / INDEX_NAME
-        self._files = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+        self._files = read_weight_map(folder)
 
     def __getitem__(self, key: str) -> Tensor:
         reads = self._reads_experts if ".experts." in key else self._reads_dense

@@ -126,9 +126,7 @@ def _sampled_ranges(file: BinaryIO) -> list[tuple[int, int]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX_NAME).is_file():
-        return [folder / name for name in sorted(set(_read_weight_map(folder).values()))]
-    return [folder / SINGLE_NAME]
+    return [folder / name for name in sorted(set(read_weight_map(folder).values()) or {SINGLE_NAME})]
 
 
 def check_weights(folder: Path) -> dict[str, list[int]]:
@@ -142,7 +140,7 @@ def check_weights(folder: Path) -> dict[str, list[int]]:
             (a download that stopped half-way).
     """
     if (folder / INDEX_NAME).is_file():
-        weight_map = _read_weight_map(folder)
+        weight_map = read_weight_map(folder)
         names = sorted(set(weight_map.values()))
     elif (folder / SINGLE_NAME).is_file():
         weight_map, names = {}, [SINGLE_NAME]
@@ -157,7 +155,14 @@ def check_weights(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _read_weight_map(folder: Path) -> dict[str, str]:
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Weight file of every tensor, as the folder's index has it; empty where there is no index.
+
+    Raises:
+        ConfigError: The index is damaged.
+    """
+    if not (folder / INDEX_NAME).is_file():
+        return {}
     try:
         weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
