@@ -1,22 +1,18 @@
 """docs/configuration.md is what its tool writes, and the tool finds what classes say and check."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.tool_modules import load_tool
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = ROOT / "tools" / "generate_configuration_docs.py"
-    spec = importlib.util.spec_from_file_location("generate_configuration_docs", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("generate_configuration_docs")
 
 
 def test_the_page_is_fresh(tool: ModuleType) -> None:

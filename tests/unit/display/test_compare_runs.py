@@ -1,8 +1,6 @@
 """tools/compare_runs.py on run directories made by hand."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -12,17 +10,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-TOOL = Path(__file__).parents[3] / "tools" / "compare_runs.py"
+from tests.tool_modules import load_tool
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_runs", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("compare_runs")
 
 
 def write_run(folder: Path, steps: Sequence[Mapping[str, Any]], ending: str = "") -> Path:

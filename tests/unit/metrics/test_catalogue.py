@@ -1,6 +1,5 @@
 """Declarations are found by name, say how values combine, and are documented."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.metrics.declaration import Catalogue, Metric, Section, UndeclaredMetric, quantiles
+from tests.tool_modules import load_tool
 
 ROOT = Path(__file__).parents[3]
 METRICS = [metric for section in CATALOGUE.sections for metric in section.metrics]
@@ -18,12 +18,8 @@ def catalogue(*metrics: Metric) -> Catalogue:
 
 
 def test_the_documentation_is_fresh() -> None:
-    spec = importlib.util.spec_from_file_location("generate_metric_docs", ROOT / "tools" / "generate_metric_docs.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert text == tool.page(), "run `python tools/generate_metric_docs.py`"
+    assert text == load_tool("generate_metric_docs").page(), "run `python tools/generate_metric_docs.py`"
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
