@@ -58,6 +58,21 @@ def masked(values: Tensor, seed: int) -> Tensor:
     return values * (torch.rand(len(values), generator=torch.Generator().manual_seed(seed + 1)) < 0.7)
 
 
+def test_the_example_of_the_page():
+    layout = PackLayout((6,), cp_size=2)
+    terms = torch.tensor([0, 0, 0, 1, -1, 0], dtype=torch.float64)
+    clipped = torch.tensor([False] * 5 + [True])
+    ranks = [layout.on_rank(rank) for rank in range(2)]
+    summaries = [chunk_summaries(rank.shard(terms), 1.0, rank, rank.shard(clipped)) for rank in ranks]
+    assert summaries[0].tolist() == [[[0, 0.5, 0], [-1, 0.25, 1]]]
+    assert summaries[1].tolist() == [[[0, 0.25, 0], [1, 0.5, 0]]]
+    assert [each.nbytes for each in summaries] == [48, 48]
+    chunks = in_order_of_position(torch.stack(summaries), layout)
+    assert [fold(chunks, rank).tolist() for rank in ranks] == [[[0.125, 0]], [[0.5, -1]]]
+    sums, counts = across_ranks(terms, 1.0, layout, clipped)
+    assert sums.tolist() == [0.0625, 0.125, 0.25, 0.5, -1, 0] and counts.tolist() == [1]
+
+
 def magnitude(log_ratio: Tensor, half_life: float, layout: PackLayout, decay: Tensor | None = None) -> Tensor:
     """Σ γ^(k−t) |κ_k|, what rounding errors are proportional to."""
     return reference.future_kl_by_recurrence(log_ratio.abs(), half_life, layout.cu_seqlens, decay)
