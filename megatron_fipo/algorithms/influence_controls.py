@@ -113,7 +113,8 @@ def _variance_ahead(terms: Tensor, participates: Tensor, window: int, plan: Segm
     def from_token(token: Tensor) -> Tensor:
         return torch.where((token < ends)[:, None], onwards[torch.minimum(token, ends)], 0.0)
 
-    ahead = from_token(first) - from_token(first + window)
+    # No window reaches further than the pack; a sum with a larger one could overflow.
+    ahead = from_token(first) - from_token(first + min(window, terms.shape[0]))
     whole = onwards[plan.bounds[:-1]][plan.segment_ids]
     chosen = torch.where(ahead[:, :1] >= 2, ahead, whole)
     counts = chosen[:, 0].clamp(min=1)

@@ -312,7 +312,11 @@ def published_decay(one: Sequence, participates: np.ndarray, config: FipoConfig)
     return result
 
 
-@given(seed=st.integers(0, 999), window=st.sampled_from([2, 5, 64]), half_life=st.sampled_from([1.0, 32.0, 256.0]))
+@given(
+    seed=st.integers(0, 999),
+    window=st.sampled_from([2, 5, 64, 2**63 - 1, 10**30]),
+    half_life=st.sampled_from([1.0, 32.0, 256.0]),
+)
 @settings(max_examples=40)
 def test_variance_decay_is_the_published_one_with_the_responses_own_median(
     seed: int, window: int, half_life: float
