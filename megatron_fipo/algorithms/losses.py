@@ -60,8 +60,11 @@ def fipo_loss(
         A `PolicyLoss`.
 
     Raises:
+        TypeError: `config` is that of another algorithm.
         ValueError: A shape does not fit, or log-probabilities that the configuration needs are missing.
     """
+    if not isinstance(config, FipoConfig):
+        raise TypeError(f"config is a {type(config).__name__}: must be a FipoConfig; use policy_loss_on_rows for others")
     return policy_loss_on_rows(
         log_probs, old_log_probs, advantages, response_mask, config, rollout_log_probs, reference_log_probs
     )

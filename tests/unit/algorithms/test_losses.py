@@ -5,6 +5,7 @@ import torch
 
 from megatron_fipo.algorithms.losses import fipo_loss
 from megatron_fipo.config.algorithm import FipoConfig
+from megatron_fipo.config.baselines import DapoConfig
 
 CONFIG = FipoConfig.preset("official-32b")
 
@@ -27,6 +28,11 @@ def test_a_tensor_of_another_shape_is_refused_by_name(name: str, change: object)
     given[name] = change(given[name])  # type: ignore[operator]
     with pytest.raises(ValueError, match=rf"{name}\.shape = .*must be \(2, 5\)"):
         fipo_loss(**given, config=CONFIG)
+
+
+def test_another_algorithms_configuration_is_refused() -> None:
+    with pytest.raises(TypeError, match="config is a DapoConfig: must be a FipoConfig; use policy_loss_on_rows"):
+        fipo_loss(**rows(), config=DapoConfig())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
