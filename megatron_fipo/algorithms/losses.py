@@ -64,7 +64,7 @@ def fipo_loss(
         ValueError: A shape does not fit, or log-probabilities that the configuration needs are missing.
     """
     if not isinstance(config, FipoConfig):
-        raise TypeError(f"config is a {type(config).__name__}: must be a FipoConfig; use policy_loss_on_rows for others")
+        raise TypeError(f"config is a {type(config).__name__}: must be a FipoConfig; use policy_loss_on_rows")
     return policy_loss_on_rows(
         log_probs, old_log_probs, advantages, response_mask, config, rollout_log_probs, reference_log_probs
     )
