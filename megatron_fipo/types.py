@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 type IntArray = npt.NDArray[np.int32]
 type LongArray = npt.NDArray[np.int64]
+type ExpertArray = npt.NDArray[np.int16]
 type FloatArray = npt.NDArray[np.float32]
 type BoolArray = npt.NDArray[np.bool_]
 
@@ -58,7 +59,10 @@ class Sample:
         response_token_ids: [R] int32, the stop token included where one was produced.
         rollout_log_probs: [R] float32, the engine's log-probability of each token at sampling temperature.
         finish_reason: "stop" (stop token), "length" (token limit) or "abort".
-        policy_version: Version of the weights that produced it.
+        policy_version: Version of the weights that began it.
+        policy_versions: [R] int32, version of the weights that gave each token; None where all are of the first.
+        routed_experts: [P + R − 1, MoE layers, k] int16, experts that the engine chose for each position but the last;
+            None where they are not replayed.
         response_text: Decoded response, stop token left out.
         reward: What the policy is trained on, shaping included; set once scored.
         score: The verdict on the answer alone, before weights and shaping; set once scored.
@@ -72,6 +76,8 @@ class Sample:
     rollout_log_probs: FloatArray
     finish_reason: FinishReason
     policy_version: int
+    policy_versions: IntArray | None = None
+    routed_experts: ExpertArray | None = None
     response_text: str = ""
     reward: float = float("nan")
     score: float = float("nan")

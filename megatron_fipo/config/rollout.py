@@ -4,14 +4,21 @@ import math
 from typing import Literal
 
 from megatron_fipo.config.base import config_class, require
+from megatron_fipo.config.sglang import SglangConfig
 
 
 @config_class
 class RolloutConfig:
     """Sampling, the engine, and how far it may run ahead."""
 
-    engine: Literal["embedded"] = "embedded"
-    """"embedded": a transformers model in the trainer's own processes, bitwise repeatable."""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """"embedded": a transformers model in the trainer's own processes, bitwise repeatable. "sglang": servers."""
+
+    sglang: SglangConfig = SglangConfig()
+    """Servers, where the engine is "sglang"."""
+
+    colocated: bool = False
+    """Whether SGLang's servers use the trainer's GPUs: either has the memory in turn."""
 
     num_prompts_per_step: int = 512
     """Prompts (groups) in one training batch."""
@@ -34,6 +41,16 @@ class RolloutConfig:
     policy_lag: int = 0
     """Weight versions that generation may be behind training; 0 is synchronous."""
 
+    max_requests_in_flight: int = 4096
+    """Requests sent to SGLang's servers and not answered yet."""
+
+    partial_rollouts: bool = False
+    """Responses that a weight sync or a full batch interrupts go on from their tokens, with newer weights. SGLang only;
+    needs policy_lag of at least 1."""
+
+    replay_routing: bool = False
+    """Mixture of experts: the trainer sends each token to the experts that the engine chose (R3). SGLang only."""
+
     max_generation_rounds: int = 10
     """With dynamic sampling: rounds of new prompts for one batch. After the last one the batch is filled up with groups
     without a signal; where none has a signal, the run stops with the reason."""
@@ -54,6 +71,7 @@ class RolloutConfig:
             "num_prompts_per_step",
             "group_size",
             "max_response_tokens",
+            "max_requests_in_flight",
             "max_generation_rounds",
             "max_batch_sequences",
         ):
@@ -94,10 +112,30 @@ class RolloutConfig:
             rule="must not be negative",
             way_out="0 is synchronous",
         )
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Refuse what the embedded engine cannot do: it generates in the trainer's processes, in turn with them."""
+        asked = {"policy_lag": 0, "partial_rollouts": False, "replay_routing": False, "colocated": False}
+        for field, without in asked.items():
+            require(
+                self.engine != "embedded" or getattr(self, field) == without,
+                field=field,
+                value=getattr(self, field),
+                rule=f"must be {str(without).lower()} with the embedded engine, which shares the trainer's processes",
+                way_out=f'set it to {str(without).lower()}, or rollout.engine to "sglang"',
+            )
         require(
-            self.policy_lag == 0 or self.engine != "embedded",
+            not self.colocated or self.policy_lag == 0 or self.partial_rollouts,
             field="policy_lag",
             value=self.policy_lag,
-            rule="must be 0 with the embedded engine, which shares the trainer's processes",
-            way_out="set it to 0",
+            rule="must be 0 where servers share the trainer's GPUs and so generate in turn with it",
+            way_out="set it to 0, set partial_rollouts, or give the servers GPUs of their own",
+        )
+        require(
+            not self.partial_rollouts or self.policy_lag >= 1,
+            field="partial_rollouts",
+            value=self.partial_rollouts,
+            rule="needs policy_lag of at least 1: the first tokens are of older weights than the last",
+            way_out="raise policy_lag",
         )

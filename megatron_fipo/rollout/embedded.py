@@ -41,7 +41,7 @@ _FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
 class EmbeddedEngine:
     """A transformers model on every rank, all of which generate.
 
-    Weights come from `update` alone, so that conversion and synchronisation are used on every machine.
+    Weights come from `load` alone, so that conversion and synchronisation are used on every machine.
 
     Args:
         model_config: Contents of the model's config.json.
@@ -106,10 +106,6 @@ class EmbeddedEngine:
                     )
                 )
         self._queue = [request for request in self._queue if request.request_id not in wanted]
-
-    async def update(self, bucket: WeightBucket) -> None:
-        """Copy a bucket into this rank's model; see `load`."""
-        self.load(bucket)
 
     @torch.no_grad()
     def load(self, bucket: WeightBucket) -> None:

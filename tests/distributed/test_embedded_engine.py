@@ -174,7 +174,7 @@ def test_aborted_requests_come_back_empty_and_first(served: dict[int, Any], expe
 
 def refusal(engine: EmbeddedEngine, tensors: dict[str, torch.Tensor], is_last: bool) -> str:
     with pytest.raises((KeyError, RuntimeError)) as caught:
-        asyncio.run(engine.update(WeightBucket(tensors=tensors, policy_version=9, is_last=is_last)))
+        engine.load(WeightBucket(tensors=tensors, policy_version=9, is_last=is_last))
     return str(caught.value)
 
 

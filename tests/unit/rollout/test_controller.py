@@ -11,7 +11,7 @@ from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.admission import Admission, NoSignalError
 from megatron_fipo.rollout.controller import Rollout, RolloutController
-from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters, WeightBucket
+from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.runtime.progress import Progress
@@ -49,9 +49,6 @@ class SeedEngine:
 
     async def abort(self, request_ids: Collection[str]) -> None:
         self._queue = [request for request in self._queue if request.request_id not in set(request_ids)]
-
-    async def update(self, bucket: WeightBucket) -> None:
-        self.versions = [bucket.policy_version]
 
     def _answer(self, number: int, request: GenerationRequest) -> GenerationResult:
         stops = request.seed % 3 > 0
