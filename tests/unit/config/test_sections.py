@@ -30,6 +30,7 @@ from megatron_fipo.config.reward import (
 )
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.config.weight_sync import WeightSyncConfig
 from tests.unit.config.field_reads import read_fields
 
@@ -334,11 +335,83 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         {"carry_over_max_lag": -1},
         "carry_over_max_lag = -1: must not be negative; 0 discards surplus groups",
     ),
+    *(
+        (
+            RolloutConfig,
+            {field: value},
+            f"{field} = {value}: must be {without} with the embedded engine, which shares the trainer's processes; set "
+            f'it to {without}, or rollout.engine to "sglang"',
+        )
+        for field, value, without in (
+            ("policy_lag", 1, "0"),
+            ("partial_rollouts", True, "false"),
+            ("replay_routing", True, "false"),
+            ("colocated", True, "false"),
+        )
+    ),
     (
         RolloutConfig,
-        {"policy_lag": 1},
-        "policy_lag = 1: must be 0 with the embedded engine, which shares the trainer's processes; set it to 0",
+        {"engine": "sglang", "colocated": True, "policy_lag": 1},
+        "policy_lag = 1: must be 0 where servers share the trainer's GPUs and so generate in turn with it; set it to 0, "
+        "set partial_rollouts, or give the servers GPUs of their own",
     ),
+    (
+        RolloutConfig,
+        {"engine": "sglang", "partial_rollouts": True},
+        "partial_rollouts = True: needs policy_lag of at least 1: the first tokens are of older weights than the last; "
+        "raise policy_lag",
+    ),
+    *(
+        (SglangConfig, {field: 0}, f"{field} = 0: must be at least 1; set it to 1 or more")
+        for field in ("servers_per_node", "tensor_parallel_size", "nodes_per_server", "max_attempts")
+    ),
+    *(
+        (SglangConfig, {field: -1}, f"{field} = -1: must not be negative; set it to 0 or more")
+        for field in ("num_agents", "max_restarts")
+    ),
+    *(
+        (SglangConfig, {field: value}, f"{field} = {value}: must be finite and greater than 0; give seconds")
+        for field in ("start_timeout_s", "request_timeout_s")
+        for value in (0.0, math.inf, math.nan)
+    ),
+    *(
+        (
+            SglangConfig,
+            {"urls": (url,)},
+            f"urls = {url}: must be an address that begins with http:// or https://; write it as http://HOST:PORT",
+        )
+        for url in ("10.0.0.5:30000", "http://", "tcp://10.0.0.5:30000")
+    ),
+    (
+        SglangConfig,
+        {"urls": ("http://10.0.0.5:30000",), "num_agents": 2},
+        "num_agents = 2: must be 0 with urls: servers that run already have no agents; drop either",
+    ),
+    (
+        SglangConfig,
+        {"nodes_per_server": 2, "num_agents": 2, "servers_per_node": 2, "tensor_parallel_size": 16},
+        "servers_per_node = 2: must be 1 where one server takes 2 nodes; set it to 1",
+    ),
+    *(
+        (
+            SglangConfig,
+            {"nodes_per_server": 2, "num_agents": agents, "tensor_parallel_size": 16},
+            f"nodes_per_server = 2: must divide num_agents = {agents}; set num_agents to a multiple of it",
+        )
+        for agents in (0, 3)
+    ),
+    (
+        SglangConfig,
+        {"nodes_per_server": 2, "num_agents": 2, "tensor_parallel_size": 3},
+        "tensor_parallel_size = 3: must be a multiple of nodes_per_server = 2; spread the ranks evenly",
+    ),
+    (WeightSyncConfig, {"timeout_s": 0.0}, "timeout_s = 0.0: must be finite and greater than 0; give seconds"),
+    (
+        WeightSyncConfig,
+        {"canary_tolerance": math.nan},
+        "canary_tolerance = nan: must be finite and greater than 0, or null; set it to null",
+    ),
+    (WeightSyncConfig, {"checksum_every": -1}, "checksum_every = -1: must not be negative; 0 compares none"),
     *(
         (
             OptimizerConfig,
@@ -653,7 +726,7 @@ def test_a_minimal_file_is_the_configuration_it_says(config_file: Path) -> None:
         (
             ["--rollout.policy_lag", "2"],
             "rollout.policy_lag = 2: must be 0 with the embedded engine, which shares the trainer's processes; set it "
-            "to 0",
+            'to 0, or rollout.engine to "sglang"',
         ),
         (
             ["--data.train.answer_field", "prompt"],
