@@ -32,9 +32,10 @@ class ServerPool(Protocol):
 
     @property
     def lives(self) -> Sequence[ServerLife]:
-        """Servers that are ready, in an order that restarts do not change. Each has the model folder's weights at first.
+        """Servers that are ready, in an order that restarts do not change.
 
-        A server leaves as soon as its process, its node's agent, or the connection to that agent has ended.
+        Each has the model folder's weights at first, one that was attached to whatever it had. A server leaves as
+        soon as its process, its node's agent, or the connection to that agent has ended.
         """
         ...
 
