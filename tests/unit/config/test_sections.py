@@ -352,8 +352,8 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (
         RolloutConfig,
         {"engine": "sglang", "colocated": True, "policy_lag": 1},
-        "policy_lag = 1: must be 0 where servers share the trainer's GPUs and so generate in turn with it; set it to 0, "
-        "set partial_rollouts, or give the servers GPUs of their own",
+        "policy_lag = 1: must be 0 where servers share the trainer's GPUs and so generate in turn with it; set it to "
+        "0, set partial_rollouts, or give the servers GPUs of their own",
     ),
     (
         RolloutConfig,
