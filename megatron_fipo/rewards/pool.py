@@ -22,7 +22,7 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.reward import OverlongTerm, PythonTerm, RewardConfig
 from megatron_fipo.rewards.base import Response, RewardError
 from megatron_fipo.rewards.grader import FailureKind, describe_terms
-from megatron_fipo.rewards.messages import as_literal
+from megatron_fipo.rewards.literals import as_literal
 from megatron_fipo.rewards.process import Doing, GradingProcess, ProcessEndedError
 from megatron_fipo.runtime.errors import RunError
 

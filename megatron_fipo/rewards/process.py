@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.rewards.messages import LENGTH_BYTES, body_length, decode_body, encode_message
 from megatron_fipo.runtime.child_process import child_environment
 from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.messages import encode_message, read_message
 
 START_TIMEOUT_S = 120.0
 """Imports from a cold network file system are slow."""
@@ -125,8 +125,7 @@ class GradingProcess:
         while True:
             try:
                 async with asyncio.timeout(patience_s(self.doing)):
-                    head = await self.process.stdout.readexactly(LENGTH_BYTES)
-                    message = decode_body(await self.process.stdout.readexactly(body_length(head)))
+                    message = await read_message(self.process.stdout)
             except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
                 raise ProcessEndedError(isinstance(error, TimeoutError)) from error
             if "at" not in message:

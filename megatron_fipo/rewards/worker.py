@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.rewards.grader import Grader
-from megatron_fipo.rewards.messages import LENGTH_BYTES, body_length, decode_body, encode_message
+from megatron_fipo.runtime.messages import LENGTH_BYTES, body_length, decode_body, encode_message
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2).
 OUT_OF_MEMORY = 77

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_fipo.config.reward import RewardConfig, RewardTerm
 from megatron_fipo.rewards.grader import Grader, describe_terms
-from megatron_fipo.rewards.messages import as_literal
+from megatron_fipo.rewards.literals import as_literal
 
 
 def make_grader(terms: Mapping[str, RewardTerm], max_response_tokens: int = 100, **config: Any) -> Grader:

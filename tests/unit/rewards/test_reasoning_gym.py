@@ -7,7 +7,7 @@ import pytest
 
 from megatron_fipo.config.reward import ReasoningGymTerm
 from megatron_fipo.rewards.answer_guard import EVALUATING_TASKS, may_be_scored
-from megatron_fipo.rewards.messages import as_literal
+from megatron_fipo.rewards.literals import as_literal
 from tests.unit.rewards.grading import grade, make_grader
 
 reasoning_gym = pytest.importorskip("reasoning_gym", reason="an extra of the package")

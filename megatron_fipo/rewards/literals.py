@@ -1,32 +1,7 @@
-"""Messages between the pool and its grading processes: four bytes of length, then JSON in ASCII.
+"""A prompt's metadata as plain Python values, on its way to a grading process."""
 
-A lone surrogate, which a model may well write, travels as its escape.
-"""
-
-import json
 import math
-import struct
 from typing import Any
-
-_LENGTH = struct.Struct(">I")
-LENGTH_BYTES = _LENGTH.size
-
-
-def encode_message(message: Any) -> bytes:
-    """Message → bytes."""
-    body = json.dumps(message, separators=(",", ":")).encode("ascii")
-    return _LENGTH.pack(len(body)) + body
-
-
-def body_length(head: bytes) -> int:
-    """Bytes that follow the first `LENGTH_BYTES`."""
-    length: int = _LENGTH.unpack(head)[0]
-    return length
-
-
-def decode_body(body: bytes) -> Any:
-    """What the bytes after the length say."""
-    return json.loads(body)
 
 
 def as_literal(value: Any) -> Any:
