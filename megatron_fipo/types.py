@@ -7,6 +7,7 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -129,6 +130,8 @@ class TrainBatch:
         mini_batch_ids: [N] int32 in [0, number of updates).
         policy_versions: [N] int32.
         temperature: Sampling temperature that log-probabilities are taken at.
+        routing_file: File with the experts that the engine chose for the T tokens, seen by all trainer nodes
+            (`data/routing_file.py`); None where they are not replayed.
     """
 
     token_ids: IntArray
@@ -142,6 +145,7 @@ class TrainBatch:
     mini_batch_ids: IntArray
     policy_versions: IntArray
     temperature: float
+    routing_file: Path | None = None
 
     @property
     def num_sequences(self) -> int:

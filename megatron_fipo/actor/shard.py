@@ -86,7 +86,7 @@ def _receive_share(
     elif context.is_replica_leader:
         mine = receive_arrays(0)
     leader = context.replica_leaders[context.dp_rank]
-    received = broadcast_arrays(mine, leader, context.model_parallel_group)
+    received: dict[str, Any] = broadcast_arrays(mine, leader, context.model_parallel_group)
     return TrainBatch(**received, temperature=temperature)
 
 
@@ -96,7 +96,7 @@ def _select(batch: TrainBatch, sequences: Sequence[int]) -> dict[str, Any]:
     selected: dict[str, Any] = {}
     for field in dataclasses.fields(TrainBatch):
         values = getattr(batch, field.name)
-        if field.name == "temperature":
+        if field.name in ("temperature", "routing_file"):
             continue
         if field.name in ("token_ids", "response_mask", "rollout_log_probs"):
             pieces = [values[starts[index] : starts[index + 1]] for index in sequences]

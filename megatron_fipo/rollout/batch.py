@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from megatron_fipo.algorithms.advantages import group_relative_advantages
 from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.data.routing_file import write_routing_file
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.whole_file import whole_file
 from megatron_fipo.types import RolloutGroup, TrainBatch
@@ -74,6 +76,23 @@ def build_train_batch(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig
     return assign_updates(batch, algorithm)
 
 
+def with_routing(batch: TrainBatch, groups: Sequence[RolloutGroup], path: Path) -> TrainBatch:
+    """The batch of these groups, and a file with the experts that the engine chose for its tokens.
+
+    Args:
+        batch: From `build_train_batch`.
+        groups: The same groups.
+        path: From `routing_path`, in a folder that all trainer nodes see.
+
+    Raises:
+        RoutingFileError: No sample has experts, or they do not fit.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    routed = [sample.routed_experts for group in groups for sample in group.samples]
+    write_routing_file(path, batch.sequence_lengths, routed)
+    return dataclasses.replace(batch, routing_file=path)
+
+
 def assign_updates(batch: TrainBatch, algorithm: AlgorithmConfig) -> TrainBatch:
     """The batch with the algorithm's advantages, cut into its updates.
 
@@ -108,8 +127,16 @@ def batch_path(folder: Path, step: int) -> Path:
     return folder / f"rollout_{step:06d}.npz"
 
 
+def routing_path(path: Path) -> Path:
+    """File of the experts that belong to a batch recorded at `path`."""
+    return path.with_suffix(".routing")
+
+
 def save_batch(batch: TrainBatch, path: Path) -> None:
-    """Write a batch as an npz file of plain arrays; it appears complete or not at all."""
+    """Write a batch as an npz file of plain arrays; it appears complete or not at all.
+
+    A routing file stays as it is: at `routing_path`, it is the recording's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         np.savez(
@@ -136,7 +163,11 @@ def load_batch(path: Path) -> TrainBatch:
     wrong = [name for name, dtype in _TYPES.items() if arrays[name].dtype != dtype or arrays[name].ndim != 1]
     if wrong:
         raise RecordedBatchError(f"{path}: {', '.join(wrong)} are not one-dimensional arrays of the right type")
-    batch = TrainBatch(**{name: arrays[name] for name in _TYPES}, temperature=_scalar(arrays, "temperature"))
+    values: dict[str, Any] = {name: arrays[name] for name in _TYPES}
+    routing = routing_path(path)
+    batch = TrainBatch(
+        **values, temperature=_scalar(arrays, "temperature"), routing_file=routing if routing.exists() else None
+    )
     problem = _find_disagreement(batch)
     if problem is not None:
         raise RecordedBatchError(f"{path}: {problem}")

@@ -12,6 +12,7 @@ from megatron_fipo.config.baselines import DapoConfig
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.data.routing_file import RoutingFile
 from megatron_fipo.rollout.batch import (
     RecordedBatchError,
     assign_updates,
@@ -19,12 +20,14 @@ from megatron_fipo.rollout.batch import (
     build_train_batch,
     load_batch,
     load_recorded,
+    routing_path,
     save_batch,
+    with_routing,
 )
 from megatron_fipo.types import Prompt, RolloutGroup, Sample, TrainBatch
 
 DAPO = DapoConfig(updates_per_rollout=2, normalize_advantages_by_std=False)
-ARRAYS = [field.name for field in dataclasses.fields(TrainBatch) if field.name != "temperature"]
+ARRAYS = [field.name for field in dataclasses.fields(TrainBatch) if field.name not in ("temperature", "routing_file")]
 
 
 def group(number: int, prompt: list[int], *samples: tuple[list[int], float]) -> RolloutGroup:
@@ -114,6 +117,23 @@ def test_a_recorded_batch_comes_back_as_it_was(batch: TrainBatch, tmp_path: Path
     save_batch(batch, path)
     assert [each.name for each in path.parent.iterdir()] == ["rollout_000012.npz"]
     assert_equal(load_batch(path), batch)
+    assert load_batch(path).routing_file is None
+
+
+def test_experts_of_the_samples_come_back_in_the_order_of_the_batch(tmp_path: Path) -> None:
+    groups = [group(0, [5, 6], ([7], 1.0), ([8, 9], 0.0)), group(1, [3], ([4, 2, 1], 0.25), ([2], 0.75))]
+    for number, sample in enumerate(each for part in groups for each in part.samples):
+        length = len(sample.response_token_ids) + (2 if number < 2 else 1)
+        sample.routed_experts = np.full((length - 1, 3, 2), number, dtype=np.int16)
+    path = batch_path(tmp_path / "rollouts", 1)
+    batch = with_routing(build_train_batch(groups, DAPO, temperature=0.7), groups, routing_path(path))
+    save_batch(batch, path)
+    loaded = load_batch(path)
+    assert loaded.routing_file == batch.routing_file == path.with_suffix(".routing")
+    experts, recorded = RoutingFile(loaded.routing_file).read([1], np.arange(len(batch.token_ids)))
+    # Lengths 3, 4, 4 and 2; nothing is known of a last token.
+    assert experts[0, :, 0].tolist() == [0, 0, 0, 1, 1, 1, 0, 2, 2, 2, 0, 3, 0]
+    assert recorded.tolist() == [*[True] * 2, False, *[True] * 3, False, *[True] * 3, False, True, False]
 
 
 def changed(**values: Any) -> Any:
