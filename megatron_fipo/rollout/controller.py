@@ -7,30 +7,66 @@ engine through `RolloutEngine`.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.data.stream import PromptStream
+from megatron_fipo.metrics.rollout_metrics import group_metrics
 from megatron_fipo.rollout.admission import Admission, NoSignalError
+from megatron_fipo.rollout.batch import build_train_batch
 from megatron_fipo.rollout.engine import (
     GenerationRequest,
     GenerationResult,
     RolloutEngine,
     SamplingParameters,
 )
+from megatron_fipo.rollout.sample_records import sample_records
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.seeding import derive_seed
-from megatron_fipo.types import Prompt, RolloutGroup, Sample
+from megatron_fipo.types import Prompt, RolloutGroup, Sample, TrainBatch
 
 # Token ids of a response to its text, the stop token left out.
 Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchRecipe:
+    """What training batches are made of, and into what.
+
+    Attributes:
+        stream: The training prompts.
+        algorithm: Says whether groups without a signal are set aside, how advantages are taken, and how many updates
+            share a batch.
+        num_records: Samples of a batch that are kept for people to read.
+    """
+
+    stream: PromptStream
+    algorithm: AlgorithmConfig
+    num_records: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
+    """A training batch and what is told of it; arrays and plain JSON values, so that it can go to another process.
+
+    Attributes:
+        batch: The batch.
+        metrics: Counters of the rollout, and what needs the scored samples.
+        records: Some samples, as lines of samples.jsonl.
+    """
+
+    batch: TrainBatch
+    metrics: dict[str, float]
+    records: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectedGroups:
     """A full batch of scored groups.
 
     Attributes:
@@ -48,30 +84,38 @@ class RolloutController:
 
     Attributes:
         engine: Generates.
-        stream: The training prompts; None where `generate_groups` alone is used.
         scoring: Rewards.
         decode: Token ids to text.
         config: Batch size, sampling and bounds.
         sampling: How tokens are drawn.
-        drop_zero_variance: Dynamic sampling.
         seed: Seed of all draws.
+        recipe: Of training batches; None where `generate_groups` alone is used.
         surplus: Groups with a signal that the last batch had no room for; the next one begins with them, within
             `rollout.carry_over_max_lag`.
         progress: Told of every response.
     """
 
     engine: RolloutEngine
-    stream: PromptStream | None
     scoring: Scoring
     decode: Decode
     config: RolloutConfig
     sampling: SamplingParameters
-    drop_zero_variance: bool
     seed: int
+    recipe: BatchRecipe | None = None
     surplus: list[RolloutGroup] = field(default_factory=list)
     progress: Progress = NO_PROGRESS
 
     async def next_rollout(self, step: int, policy_version: int) -> Rollout:
+        """A training batch; see `collect`."""
+        assert self.recipe is not None, "batches are made by a recipe"
+        collected = await self.collect(step, policy_version)
+        return Rollout(
+            batch=build_train_batch(collected.groups, self.recipe.algorithm, self.config.temperature),
+            metrics=group_metrics(collected.groups) | collected.metrics,
+            records=sample_records(step, collected.groups, self.recipe.num_records),
+        )
+
+    async def collect(self, step: int, policy_version: int) -> CollectedGroups:
         """Generate, score and filter until the batch is full.
 
         Args:
@@ -83,14 +127,15 @@ class RolloutController:
             NoSignalError: Dynamic sampling found no group with differing rewards in all its rounds.
             RunError: Too many groups were too old or had no rewards, or see `generate_groups`.
         """
-        assert self.stream is not None, "batches are made of training prompts"
-        admission = Admission(self.config.num_prompts_per_step, self.drop_zero_variance, self.config.policy_lag)
+        assert self.recipe is not None, "batches are made of training prompts"
+        stream, drop_zero_variance = self.recipe.stream, self.recipe.algorithm.drop_zero_variance_groups
+        admission = Admission(self.config.num_prompts_per_step, drop_zero_variance, self.config.policy_lag)
         admission.carry_in(self.surplus, policy_version, self.config.carry_over_max_lag)
         num_generated, num_tokens, rounds = 0, 0, 0
         rewards: list[float] = []
         while admission.missing and rounds < self.config.max_generation_rounds:
             count = math.ceil(admission.missing * self.config.over_sampling)
-            prompts = self.stream.next(count)
+            prompts = stream.next(count)
             groups = await self.generate_groups(prompts, self.config.group_size, f"{step}.{rounds}", self.sampling)
             for group in groups:
                 rewards += [sample.reward for sample in group.samples]
@@ -105,13 +150,13 @@ class RolloutController:
             **admission.counters(),
             **self.scoring.counters(),
             "rollout/groups_filled_up": self._fill_up(step, admission, num_generated),
-            "rollout/epoch": self.stream.epoch,
-            **self.stream.counters(),
+            "rollout/epoch": stream.epoch,
+            **stream.counters(),
         }
         if rewards:
             counters["rollout/reward_mean_all"] = sum(rewards) / len(rewards)
         self.surplus = admission.surplus if self.config.carry_over_max_lag else []
-        return Rollout(groups=admission.accepted, metrics=counters)
+        return CollectedGroups(groups=admission.accepted, metrics=counters)
 
     def _fill_up(self, step: int, admission: Admission, num_generated: int) -> int:
         """Complete the batch after the last round; returns how many groups it took from those without a signal."""

@@ -27,7 +27,7 @@ from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rewards.check import check_prompts
 from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.batch import batch_path, load_recorded
-from megatron_fipo.rollout.controller import RolloutController
+from megatron_fipo.rollout.controller import BatchRecipe, RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine
 from megatron_fipo.rollout.scoring import Scoring
@@ -134,13 +134,12 @@ def _prepare_generation(
     def make(engine: RolloutEngine, progress: Progress) -> tuple[RolloutController, Sequence[Prompt]]:
         controller = RolloutController(
             engine=engine,
-            stream=stream,
             scoring=Scoring(pool, config.reward.on_error),
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
             config=config.rollout,
             sampling=sampling,
-            drop_zero_variance=config.algorithm.drop_zero_variance_groups,
             seed=config.seed,
+            recipe=BatchRecipe(stream=stream, algorithm=config.algorithm, num_records=config.metrics.samples_per_step),
             progress=progress,
         )
         return controller, held_out

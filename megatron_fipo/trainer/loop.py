@@ -11,7 +11,7 @@ from megatron_fipo.actor.train_step import UpdateResult
 from megatron_fipo.data.stream import EndOfPrompts
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import compute_device
-from megatron_fipo.rollout.batch import batch_path, build_train_batch, load_recorded, save_batch
+from megatron_fipo.rollout.batch import batch_path, load_recorded, save_batch
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.runtime.errors import NonFiniteError
 from megatron_fipo.trainer.agreement import on_main_rank
@@ -69,7 +69,7 @@ def end_early(run: Run, step: int, reason: EndOfPrompts) -> None:
 
 
 def collect_rollout(run: Run, step: int) -> Rollout | None:
-    """Prompts → requests → responses → rewards → filter: a full batch of groups on rank 0, None elsewhere.
+    """Prompts → requests → responses → rewards → filter: a full batch on rank 0, None elsewhere.
 
     In train-only runs there is nothing to collect.
 
@@ -84,7 +84,7 @@ def collect_rollout(run: Run, step: int) -> Rollout | None:
 
 
 def assemble_batch(run: Run, step: int, rollout: Rollout | None) -> TrainBatch | None:
-    """The step's packed batch with advantages, on rank 0: from the rollout, or from a recording.
+    """The step's packed batch with advantages, on rank 0: the rollout's, or a recording.
 
     Raises:
         RecordedBatchError: The recording is damaged.
@@ -96,11 +96,10 @@ def assemble_batch(run: Run, step: int, rollout: Rollout | None) -> TrainBatch |
 def _assemble(run: Run, step: int, rollout: Rollout | None) -> TrainBatch:
     if rollout is None:
         return load_recorded(run.recorded[step - 1], run.config, run.actor.bridge.vocab_size)
-    batch = build_train_batch(rollout.groups, run.config.algorithm, run.config.rollout.temperature)
     if run.config.mode == "rollout_only":
         assert run.directory is not None
-        save_batch(batch, batch_path(run.directory.rollouts, step))
-    return batch
+        save_batch(rollout.batch, batch_path(run.directory.rollouts, step))
+    return rollout.batch
 
 
 def distribute_batch(run: Run, batch: TrainBatch | None) -> list[list[MicroBatch]]:

@@ -4,19 +4,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_fipo.actor.train_step import UpdateResult
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.metrics.evaluation_table import evaluation_table
 from megatron_fipo.metrics.reduce import reduce_metrics
-from megatron_fipo.metrics.rollout_metrics import batch_metrics, group_metrics
+from megatron_fipo.metrics.rollout_metrics import batch_metrics
 from megatron_fipo.platform.device import compute_device, host_memory_bytes, peak_memory_bytes
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.trainer.state import Run
-from megatron_fipo.trainer.token_report import sampled_groups
-from megatron_fipo.types import Accumulator, Metrics, RolloutGroup, TrainBatch, render_metrics
+from megatron_fipo.types import Accumulator, Metrics, TrainBatch, render_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +44,8 @@ def report_step(
     metrics: dict[str, Any] = {"step": step, "policy_version": run.policy_version}
     metrics |= batch_metrics(batch)
     if rollout is not None:
-        metrics |= group_metrics(rollout.groups) | rollout.metrics
-        run.directory.append_samples(_sample_records(step, rollout.groups, run.config.metrics.samples_per_step))
+        metrics |= rollout.metrics
+        run.directory.append_samples(rollout.records)
     metrics |= combine_updates(results)
     if run.actor.train_step is not None and not results:
         metrics |= {"train/updates": batch.num_mini_batches, "train/updates_skipped": batch.num_mini_batches}
@@ -112,30 +110,6 @@ def _throughput(batch: TrainBatch, rollout: Rollout | None, times: Mapping[str, 
         for (phase, key), count in counts.items()
         if count and times.get(f"time/{phase}_s")
     }
-
-
-def _sample_records(step: int, groups: Sequence[RolloutGroup], count: int) -> list[dict[str, Any]]:
-    """The first sample of evenly spread groups."""
-    firsts = np.cumsum([0, *(len(group.samples) for group in groups)])
-    records = []
-    for index in sampled_groups(len(groups), count):
-        group = groups[index]
-        sample = group.samples[0]
-        records.append(
-            {
-                "step": step,
-                "sequence": int(firsts[index]),
-                "prompt_id": group.prompt.id,
-                "prompt": group.prompt.text,
-                "response": sample.response_text,
-                "answer": group.prompt.answer,
-                "reward": float(sample.reward),
-                "finish_reason": sample.finish_reason,
-                "response_tokens": len(sample.response_token_ids),
-                "group_rewards": [float(each) for each in group.rewards],
-            }
-        )
-    return records
 
 
 def _log_step(run: Run, metrics: Mapping[str, Any]) -> None:

@@ -7,16 +7,11 @@ import numpy as np
 from megatron_fipo.actor.token_records import COLUMNS
 from megatron_fipo.display.token_file import TokenRecords, save_tokens, token_path
 from megatron_fipo.parallel.collectives import Arrays, broadcast_json
+from megatron_fipo.rollout.sample_records import sampled_groups
 from megatron_fipo.trainer.state import Run
 from megatron_fipo.types import TrainBatch
 
 _BROKEN = "\ufffd"
-
-
-def sampled_groups(num_groups: int, count: int) -> list[int]:
-    """Which groups of a batch lend their first sample to samples.jsonl: evenly spread ones."""
-    chosen = np.linspace(0, num_groups - 1, min(count, num_groups)).round().astype(int)
-    return list(dict.fromkeys(chosen.tolist()))
 
 
 def choose_recorded(run: Run, batch: TrainBatch | None) -> None:

@@ -105,12 +105,10 @@ def build_generation(config: EvaluateConfig, problems: Problems | None) -> Itera
         if problems is not None and pool is not None:
             controller = RolloutController(
                 engine=engine,
-                stream=None,
                 scoring=Scoring(pool, config.reward.on_error),
                 decode=problems.decode,
                 config=config.rollout,
                 sampling=problems.sampling,
-                drop_zero_variance=False,
                 seed=config.seed,
             )
         yield RolloutSide(engine=engine, weight_sync=sync, controller=controller)

@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_fipo.config.baselines import DapoConfig
 from megatron_fipo.config.reward import PythonTerm, RewardConfig
 from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.metrics.rollout_metrics import group_metrics
 from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.admission import Admission, NoSignalError
-from megatron_fipo.rollout.controller import Rollout, RolloutController
+from megatron_fipo.rollout.controller import BatchRecipe, CollectedGroups, RolloutController
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
+from megatron_fipo.rollout.sample_records import sample_records
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.runtime.progress import Progress
@@ -109,18 +112,21 @@ def make_controller(answers: str, engine: SeedEngine | None = None, **config: An
     drop, on_error = values.pop("drop", True), values.pop("on_error", "fatal")
     return RolloutController(
         engine=engine or SeedEngine(),
-        stream=Prompts(make_prompts(answers)),
         scoring=Scoring(_POOLS[0], on_error),
         decode=lambda ids: " ".join(map(str, ids)),
         config=RolloutConfig(**values),
         sampling=SAMPLING,
-        drop_zero_variance=drop,
         seed=5,
+        recipe=BatchRecipe(
+            stream=Prompts(make_prompts(answers)),
+            algorithm=DapoConfig(drop_zero_variance_groups=drop, updates_per_rollout=2),
+            num_records=3,
+        ),
     )
 
 
-def rollout(controller: RolloutController, step: int = 1, policy_version: int = 0) -> Rollout:
-    return asyncio.run(controller.next_rollout(step, policy_version))
+def rollout(controller: RolloutController, step: int = 1, policy_version: int = 0) -> CollectedGroups:
+    return asyncio.run(controller.collect(step, policy_version))
 
 
 def ids(groups: Sequence[RolloutGroup]) -> list[str]:
@@ -206,6 +212,20 @@ def test_samples_are_the_engines_answers_to_their_own_requests() -> None:
             assert sample.reward == sample.score == sample.reward_terms["first"] == seed % 7
     assert len({request.seed for request in engine.seen}) == 12, "two draws of one prompt differ"
     assert all(request.sampling == SAMPLING for request in engine.seen)
+
+
+def test_a_rollout_is_a_batch_with_what_is_told_of_it() -> None:
+    groups = rollout(make_controller("ssss"), step=2)
+    result = asyncio.run(make_controller("ssss").next_rollout(2, 0))
+    samples = [sample for each in groups.groups for sample in each.samples]
+    assert result.batch.group_ids.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert result.batch.mini_batch_ids.tolist() == [0] * 8 + [1] * 8
+    assert result.batch.rewards.tolist() == [sample.reward for sample in samples]
+    responses = [sample.response_token_ids for sample in samples]
+    np.testing.assert_array_equal(result.batch.token_ids[result.batch.response_mask], np.concatenate(responses))
+    assert result.metrics == groups.metrics | group_metrics(groups.groups)
+    assert result.records == sample_records(2, groups.groups, 3)
+    assert len(result.records) == 3
 
 
 def test_the_same_step_gives_the_same_rollout() -> None:

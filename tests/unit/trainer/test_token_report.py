@@ -1,15 +1,5 @@
-import pytest
-
-from megatron_fipo.trainer.token_report import sampled_groups, token_pieces
+from megatron_fipo.trainer.token_report import token_pieces
 from tests.tiny_models import byte_tokenizer
-
-
-@pytest.mark.parametrize(
-    ("groups", "count", "expected"), [(8, 3, [0, 4, 7]), (8, 1, [0]), (2, 5, [0, 1]), (1, 1, [0]), (8, 0, [])]
-)
-def test_sampled_groups_are_spread_evenly(groups: int, count: int, expected: list[int]) -> None:
-    assert sampled_groups(groups, count) == expected
-
 
 TOKENIZER = byte_tokenizer()
 
