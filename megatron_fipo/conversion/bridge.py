@@ -24,7 +24,9 @@ from megatron_fipo.conversion.hf_folder import (
     read_model_config,
     read_weight_map,
 )
+from megatron_fipo.conversion.stage_export import StageExport
 from megatron_fipo.parallel.context import ParallelContext
+from megatron_fipo.platform.host_memory import require_resident
 
 _VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 _SAFETENSORS_DTYPES = {
@@ -66,6 +68,7 @@ class HfBridge:
                 way_out="choose a supported architecture, such as Qwen2, Qwen3, Qwen3-MoE or Llama",
             ) from error
         self._export_tasks: Any = None
+        self._stage_export: StageExport | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -134,7 +137,11 @@ class HfBridge:
         Yields:
             Pairs in a fixed order, padding rows of the vocabulary trimmed. A tensor may be a view of a live parameter:
             copy it to keep it.
+
+        Raises:
+            RunError: The parameters are off the device.
         """
+        require_resident((each for chunk in model for each in chunk.parameters()), "the actor's weights")
         if self._export_tasks is None:
             bridge = self._bridge
             self._export_tasks = bridge._model_bridge.build_conversion_tasks(bridge.hf_pretrained, model)
@@ -142,9 +149,33 @@ class HfBridge:
             model, cpu=False, show_progress=False, conversion_tasks=self._export_tasks
         )
         for name, tensor in stream:
-            if name in _VOCABULARY_TENSORS:
-                tensor = tensor[: self.vocab_size]
+            tensor = self._trim(name, tensor)
             yield name, tensor.detach() if dtype is None else tensor.detach().to(dtype)
+
+    def export_stage(self, model: list[Any], context: ParallelContext) -> Iterator[tuple[str, Tensor]]:
+        """Stream this pipeline stage's (Hugging Face name, full tensor) pairs to its sender.
+
+        Together the stages' streams are `export`'s: each tensor once, a tied embedding on the first stage. Collective
+        over the stage; ranks other than the sender (`stage_export.is_stage_sender`) get nothing and exhaust it.
+
+        Args:
+            model: Model chunks of this rank, without data-parallel wrappers; the same at every call.
+            context: This rank's place.
+
+        Yields:
+            Pairs in a fixed order, in the parameters' type, padding rows of the vocabulary trimmed. A tensor may be a
+            view of a live parameter: copy it to keep it.
+
+        Raises:
+            ConfigError: The checkpoint keeps a layer's experts in one tensor.
+        """
+        if self._stage_export is None:
+            self._stage_export = StageExport(self._bridge, model, context)
+        for name, tensor in self._stage_export.stream():
+            yield name, self._trim(name, tensor).detach()
+
+    def _trim(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor[: self.vocab_size] if name in _VOCABULARY_TENSORS else tensor
 
 
 class _LazySource(Mapping[str, Tensor]):
