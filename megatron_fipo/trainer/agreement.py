@@ -1,6 +1,6 @@
 """Errors that end a run, made known to every rank: a rank that did not hear would wait in the next collective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
@@ -11,10 +11,20 @@ from megatron_fipo.rewards.base import RewardError
 from megatron_fipo.rollout.batch import RecordedBatchError
 from megatron_fipo.rollout.controller import NoSignalError
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
+from megatron_fipo.trainer.controller_link import ControllerEndedError
 
 _KNOWN: dict[str, type[ConfigError] | type[RunError]] = {
     kind.__name__: kind
-    for kind in (ConfigError, RunError, EndOfPrompts, NonFiniteError, NoSignalError, RecordedBatchError, RewardError)
+    for kind in (
+        ConfigError,
+        RunError,
+        ControllerEndedError,
+        EndOfPrompts,
+        NonFiniteError,
+        NoSignalError,
+        RecordedBatchError,
+        RewardError,
+    )
 }
 
 
@@ -30,13 +40,12 @@ def on_every_rank[T](action: Callable[[], T]) -> T:
         result = action()
     except (ConfigError, RunError) as error:
         caught = error
-    problems = gather_json(None if caught is None else _describe(caught))
+    problems = gather_json(None if caught is None else describe(caught))
     if caught is not None:
         raise caught
     for problem in problems:
         if problem is not None:
-            kind, arguments = problem
-            raise _KNOWN[kind](*arguments)
+            raise rebuild(*problem)
     return result
 
 
@@ -45,6 +54,12 @@ def on_main_rank[T](action: Callable[[], T]) -> T | None:
     return on_every_rank(action if dist.get_rank() == 0 else lambda: None)
 
 
-def _describe(error: ConfigError | RunError) -> tuple[str, list[str]]:
+def describe(error: ConfigError | RunError) -> tuple[str, list[str]]:
+    """Kind and arguments, from which another process can `rebuild` the error; an unknown kind becomes a RunError."""
     kind = type(error).__name__
     return (kind, [str(each) for each in error.args]) if kind in _KNOWN else (RunError.__name__, [str(error)])
+
+
+def rebuild(kind: str, arguments: Sequence[str]) -> ConfigError | RunError:
+    """The error that another process described."""
+    return _KNOWN[kind](*arguments)
