@@ -86,6 +86,15 @@ class Sample:
     answer: str | None = None
 
     @property
+    def token_versions(self) -> IntArray:
+        """[R] int32, version of the weights that gave each token."""
+        import numpy as np
+
+        if self.policy_versions is not None:
+            return self.policy_versions
+        return np.full(len(self.response_token_ids), self.policy_version, dtype=np.int32)
+
+    @property
     def is_correct(self) -> bool:
         """Whether the verdict is that the answer is right; false where there is no score."""
         return self.score >= CORRECT_SCORE
@@ -112,6 +121,10 @@ class RolloutGroup:
         return bool(rewards.size) and bool(rewards.max() != rewards.min())
 
 
+PER_TOKEN_FIELDS = ("token_ids", "response_mask", "rollout_log_probs", "policy_versions")
+"""Arrays of a batch with an entry for each token; the others have one for each sequence."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
     """One rollout batch as whole packed arrays: N sequences (prompt then response), T tokens in all.
@@ -128,7 +141,7 @@ class TrainBatch:
         advantages: [N] float32, one per sequence.
         group_ids: [N] int32, which prompt of the batch.
         mini_batch_ids: [N] int32 in [0, number of updates).
-        policy_versions: [N] int32.
+        policy_versions: [T] int32, version of the weights that gave each response token; −1 on prompts.
         temperature: Sampling temperature that log-probabilities are taken at.
         routing_file: File with the experts that the engine chose for the T tokens, seen by all trainer nodes
             (`data/routing_file.py`); None where they are not replayed.

@@ -75,7 +75,7 @@ def random_batch(lengths: list[int], num_mini_batches: int = 1, seed: int = 0) -
         advantages=draws.standard_normal(len(sizes)).astype(np.float32),
         group_ids=numbers,
         mini_batch_ids=(numbers * num_mini_batches // len(sizes)).astype(np.int32),
-        policy_versions=np.zeros(len(sizes), dtype=np.int32),
+        policy_versions=np.where(mask, 0, -1).astype(np.int32),
         temperature=1.0,
     )
 

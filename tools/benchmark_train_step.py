@@ -167,7 +167,7 @@ def make_batch(options: argparse.Namespace) -> Any:
         advantages=draws.normal(size=options.sequences).astype(np.float32),
         group_ids=np.arange(options.sequences, dtype=np.int32) // 8,
         mini_batch_ids=zeros,
-        policy_versions=zeros,
+        policy_versions=np.where(mask, 0, -1).astype(np.int32),
         temperature=1.0,
     )
 

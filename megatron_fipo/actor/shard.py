@@ -12,7 +12,7 @@ from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.parallel.collectives import Arrays, broadcast_arrays, receive_arrays, send_arrays
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.parallel.packing import Pack, PackingRules, PackPlan, plan_packs
-from megatron_fipo.types import TrainBatch
+from megatron_fipo.types import PER_TOKEN_FIELDS, TrainBatch
 
 
 def packing_rules(parallelism: ParallelismConfig) -> PackingRules:
@@ -98,7 +98,7 @@ def _select(batch: TrainBatch, sequences: Sequence[int]) -> dict[str, Any]:
         values = getattr(batch, field.name)
         if field.name in ("temperature", "routing_file"):
             continue
-        if field.name in ("token_ids", "response_mask", "rollout_log_probs"):
+        if field.name in PER_TOKEN_FIELDS:
             pieces = [values[starts[index] : starts[index + 1]] for index in sequences]
             selected[field.name] = np.concatenate(pieces) if pieces else values[:0]
         else:

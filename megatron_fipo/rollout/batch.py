@@ -17,24 +17,23 @@ from megatron_fipo.config.run import RunConfig
 from megatron_fipo.data.routing_file import write_routing_file
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.whole_file import whole_file
-from megatron_fipo.types import RolloutGroup, TrainBatch
+from megatron_fipo.types import PER_TOKEN_FIELDS, RolloutGroup, TrainBatch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-# Types of a batch's arrays; the first three have one entry per token, the others one per sequence.
+# Types of a batch's arrays.
 _TYPES = {
     "token_ids": np.int32,
     "response_mask": np.bool_,
     "rollout_log_probs": np.float32,
+    "policy_versions": np.int32,
     "sequence_lengths": np.int32,
     "prompt_lengths": np.int32,
     "rewards": np.float32,
     "advantages": np.float32,
     "group_ids": np.int32,
     "mini_batch_ids": np.int32,
-    "policy_versions": np.int32,
 }
-_PER_TOKEN = ("token_ids", "response_mask", "rollout_log_probs")
 
 
 class RecordedBatchError(RunError):
@@ -54,23 +53,31 @@ def build_train_batch(groups: Sequence[RolloutGroup], algorithm: AlgorithmConfig
     response_lengths = np.array([len(sample.response_token_ids) for _, _, sample in samples], dtype=np.int32)
     group_ids = np.array([number for number, _, _ in samples], dtype=np.int32)
     rewards = np.array([sample.reward for _, _, sample in samples], dtype=np.float32)
-    token_ids, mask, log_probs = [], [], []
-    for _, group, sample in samples:
-        prompt, response = group.prompt.token_ids, sample.response_token_ids
-        token_ids += [prompt, response]
-        mask += [np.zeros(len(prompt), dtype=bool), np.ones(len(response), dtype=bool)]
-        log_probs += [np.zeros(len(prompt), dtype=np.float32), sample.rollout_log_probs]
+    lengths = prompt_lengths + response_lengths
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1])
+    token_ids = np.empty(total, dtype=np.int32)
+    mask = np.zeros(total, dtype=bool)
+    log_probs = np.zeros(total, dtype=np.float32)
+    versions = np.full(total, -1, dtype=np.int32)
+    for (_, group, sample), end in zip(samples, ends.tolist(), strict=True):
+        begin = end - len(sample.response_token_ids)
+        token_ids[begin - len(group.prompt.token_ids) : begin] = group.prompt.token_ids
+        token_ids[begin:end] = sample.response_token_ids
+        mask[begin:end] = True
+        log_probs[begin:end] = sample.rollout_log_probs
+        versions[begin:end] = sample.token_versions
     batch = TrainBatch(
-        token_ids=np.concatenate(token_ids).astype(np.int32),
-        sequence_lengths=prompt_lengths + response_lengths,
+        token_ids=token_ids,
+        sequence_lengths=lengths,
         prompt_lengths=prompt_lengths,
-        response_mask=np.concatenate(mask),
-        rollout_log_probs=np.concatenate(log_probs).astype(np.float32),
+        response_mask=mask,
+        rollout_log_probs=log_probs,
+        policy_versions=versions,
         rewards=rewards,
         advantages=np.zeros_like(rewards),
         group_ids=group_ids,
         mini_batch_ids=np.zeros_like(group_ids),
-        policy_versions=np.array([sample.policy_version for _, _, sample in samples], dtype=np.int32),
         temperature=temperature,
     )
     return assign_updates(batch, algorithm)
@@ -156,7 +163,9 @@ def load_batch(path: Path) -> TrainBatch:
     arrays = _read_arrays(path)
     version = _scalar(arrays, "format_version")
     if version != FORMAT_VERSION:
-        raise RecordedBatchError(f"{path}: format version {version}; this release reads {FORMAT_VERSION}")
+        raise RecordedBatchError(
+            f"{path}: format version {version:g}; this release reads {FORMAT_VERSION}: record the rollouts anew"
+        )
     missing = [name for name in _TYPES if name not in arrays]
     if missing:
         raise RecordedBatchError(f"{path}: lacks {', '.join(missing)}")
@@ -191,7 +200,7 @@ def _scalar(arrays: dict[str, np.ndarray], name: str) -> float:
 def _find_disagreement(batch: TrainBatch) -> str | None:
     """What makes the arrays no batch, or None."""
     count, total = batch.num_sequences, int(batch.sequence_lengths.sum(dtype=np.int64))
-    wrong = [name for name in _TYPES if len(getattr(batch, name)) != (total if name in _PER_TOKEN else count)]
+    wrong = [name for name in _TYPES if len(getattr(batch, name)) != (total if name in PER_TOKEN_FIELDS else count)]
     if wrong:
         return f"{', '.join(wrong)} do not fit {count} sequences of {total} tokens"
     if not count:
@@ -203,6 +212,9 @@ def _find_disagreement(batch: TrainBatch) -> str | None:
     checks = {
         "response_mask holds tokens of a prompt": not np.any(batch.response_mask & in_prompt),
         "token_ids are negative": np.all(batch.token_ids >= 0),
+        "policy_versions are not −1 on prompts and 0 or more on responses": np.all(
+            np.where(in_prompt, batch.policy_versions == -1, batch.policy_versions >= 0)
+        ),
         "rewards are not finite": np.all(np.isfinite(batch.rewards)),
         "rollout_log_probs are not finite": np.all(np.isfinite(batch.rollout_log_probs)),
         "group_ids do not count up from 0": batch.group_ids[0] == 0 and set(np.diff(batch.group_ids)) <= {0, 1},

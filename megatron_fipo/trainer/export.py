@@ -147,7 +147,7 @@ def _probe_batch(vocab_size: int) -> TrainBatch:
         advantages=np.zeros(count, dtype=np.float32),
         group_ids=zeros,
         mini_batch_ids=zeros,
-        policy_versions=zeros,
+        policy_versions=np.full(total, -1, dtype=np.int32),
         temperature=1.0,
     )
 

@@ -25,7 +25,7 @@ from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.config.baselines import DapoConfig
 from megatron_fipo.config.optimizer import OptimizerConfig
 from megatron_fipo.platform.device import compute_device
-from megatron_fipo.types import TrainBatch
+from megatron_fipo.types import PER_TOKEN_FIELDS, TrainBatch
 from tests.distributed_helpers import run_distributed
 from tests.tiny_actors import TinyActor, bits, random_batch, tiny_actor
 from tests.tiny_models import write_tiny_model
@@ -388,9 +388,7 @@ def masked_and_missing(root: Path) -> list[tuple[UpdateResult, dict[str, Tensor]
     kept, tokens = np.array([0, 2, 3]), np.r_[0:40, 78:148]
     missing = TrainBatch(
         **{
-            field.name: getattr(whole, field.name)[
-                tokens if field.name in ("token_ids", "response_mask", "rollout_log_probs") else kept
-            ]
+            field.name: getattr(whole, field.name)[tokens if field.name in PER_TOKEN_FIELDS else kept]
             for field in dataclasses.fields(whole)
             if field.name != "temperature"
         },

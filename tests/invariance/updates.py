@@ -19,7 +19,7 @@ from megatron_fipo.config.optimizer import OptimizerConfig
 from megatron_fipo.parallel.layout import sequence_multiple
 from megatron_fipo.parallel.packing import Pack, PackingRules, plan_packs
 from megatron_fipo.platform.device import compute_device
-from megatron_fipo.types import TrainBatch
+from megatron_fipo.types import PER_TOKEN_FIELDS, TrainBatch
 from tests.invariance.gradients import GradientRecorder, exported
 from tests.invariance.grid import Combination
 from tests.tiny_actors import TinyActor, bits, tiny_actor
@@ -102,7 +102,7 @@ def ragged_batch(seed: int) -> TrainBatch:
         advantages=(signs * draws.uniform(0.5, 2.0, count)).astype(np.float32),
         group_ids=updates,
         mini_batch_ids=updates,
-        policy_versions=np.zeros(count, dtype=np.int32),
+        policy_versions=np.where(places >= np.repeat(prompts, lengths), 0, -1).astype(np.int32),
         temperature=1.0,
     )
 
@@ -112,11 +112,10 @@ def shuffled(batch: TrainBatch) -> TrainBatch:
     draws, starts = np.random.default_rng(7), batch.sequence_starts
     order = np.lexsort([draws.random(batch.num_sequences), batch.mini_batch_ids])
     tokens = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in order])
-    per_token = ("token_ids", "response_mask", "rollout_log_probs")
     per_sequence = ("sequence_lengths", "prompt_lengths", "rewards", "advantages", "group_ids", "mini_batch_ids")
     return replace(
         batch,
-        **{name: getattr(batch, name)[tokens] for name in per_token},
+        **{name: getattr(batch, name)[tokens] for name in PER_TOKEN_FIELDS},
         **{name: getattr(batch, name)[order] for name in per_sequence},
     )
 

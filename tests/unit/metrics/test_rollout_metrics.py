@@ -87,7 +87,7 @@ def test_lengths_are_of_the_whole_batch() -> None:
         advantages=np.tile(np.float32([-2.0, 2.0]), count // 2),
         group_ids=np.zeros(count, dtype=np.int32),
         mini_batch_ids=np.zeros(count, dtype=np.int32),
-        policy_versions=np.zeros(count, dtype=np.int32),
+        policy_versions=np.zeros(int(lengths.sum()) + 2 * count, dtype=np.int32),
         temperature=1.0,
     )
     metrics = batch_metrics(batch)

@@ -78,11 +78,18 @@ def test_samples_are_laid_end_to_end(batch: TrainBatch) -> None:
         "advantages": np.array([0.5, -0.5, -0.25, 0.25], dtype=np.float32),
         "group_ids": np.array([0, 0, 1, 1], dtype=np.int32),
         "mini_batch_ids": np.array([0, 0, 1, 1], dtype=np.int32),
-        "policy_versions": np.array([10, 10, 11, 11], dtype=np.int32),
+        "policy_versions": np.array([-1, -1, 10, -1, -1, 10, 10, -1, 11, 11, 11, -1, 11], dtype=np.int32),
     }
     assert_equal(batch, TrainBatch(**expected, temperature=0.7))
     assert batch.num_mini_batches == 2
     assert batch.sequence_starts.tolist() == [0, 3, 7, 11, 13]
+
+
+def test_every_token_keeps_the_version_that_gave_it() -> None:
+    groups = [group(4, [1, 2], ([5, 6, 7], 1.0), ([8], 0.0))]
+    groups[0].samples[0].policy_versions = np.array([14, 15, 15], dtype=np.int32)
+    batch = build_train_batch(groups, DapoConfig(updates_per_rollout=1), temperature=1.0)
+    assert batch.policy_versions.tolist() == [-1, -1, 14, 15, 15, -1, -1, 14]
 
 
 @pytest.mark.parametrize(
@@ -167,8 +174,11 @@ def cast(name: str, dtype: Any) -> Any:
 
 
 BROKEN = {
-    "no version": (changed(format_version=None), "format version nan; this release reads 1"),
-    "another version": (changed(format_version=np.int64(2)), "format version 2.0; this release reads 1"),
+    "no version": (changed(format_version=None), "format version nan; this release reads 2: record the rollouts anew"),
+    "another version": (
+        changed(format_version=np.int64(1)),
+        "format version 1; this release reads 2: record the rollouts anew",
+    ),
     "a version of several numbers": (changed(format_version=np.array([1, 1])), "format version nan"),
     "arrays left out": (changed(rewards=None, token_ids=None), "lacks token_ids, rewards"),
     "no temperature": (changed(temperature=None), "temperature is not a positive number"),
@@ -185,7 +195,7 @@ BROKEN = {
     "a reward short": (shorter("rewards"), "rewards do not fit 4 sequences of 13 tokens"),
     "a length changed": (
         at("sequence_lengths", 1, 5),
-        "token_ids, response_mask, rollout_log_probs do not fit 4 sequences of 14 tokens",
+        "token_ids, response_mask, rollout_log_probs, policy_versions do not fit 4 sequences of 14 tokens",
     ),
     "no sequence": (empty, "holds no sequence"),
     "a negative length": (
@@ -196,6 +206,14 @@ BROKEN = {
     "an empty prompt": (at("prompt_lengths", 2, 0), "a prompt is empty, or longer than its sequence"),
     "a prompt's token in the mask": (at("response_mask", 4, True), "response_mask holds tokens of a prompt"),
     "a negative token": (at("token_ids", 0, -1), "token_ids are negative"),
+    "a version on a prompt": (
+        at("policy_versions", 0, 10),
+        "policy_versions are not −1 on prompts and 0 or more on responses",
+    ),
+    "a response without a version": (
+        at("policy_versions", 2, -1),
+        "policy_versions are not −1 on prompts and 0 or more on responses",
+    ),
     "a reward that is no number": (at("rewards", 2, np.nan), "rewards are not finite"),
     "an infinite log-probability": (at("rollout_log_probs", 2, -np.inf), "rollout_log_probs are not finite"),
     "a group missing": (at("group_ids", slice(2, 4), 2), "group_ids do not count up from 0"),
