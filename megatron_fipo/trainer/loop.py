@@ -34,8 +34,8 @@ def train(run: Run) -> None:
     """
     with run.resources:
         run.progress.begin_run(run.config.output_dir, run.config.num_steps)
-        sync_weights(run)
-        report_evaluation(run, 0, evaluate_when_due(run, step=0))
+        transfer = sync_weights(run)
+        report_evaluation(run, 0, transfer | evaluate_when_due(run, step=0))
         for step in range(1, run.config.num_steps + 1):
             run.progress.begin_step(step)
             try:
@@ -49,9 +49,9 @@ def train(run: Run) -> None:
             compute_reference_log_probs(run, micro_batches)
             results = update_policy(run, step, micro_batches)
             write_token_records(run, step, batch)
-            sync_weights(run)
+            transfer = sync_weights(run)
             evaluation = evaluate_when_due(run, step)
-            report_step(run, step, rollout, batch, results, evaluation)
+            report_step(run, step, rollout, batch, results, transfer | evaluation)
         export_when_done(run)
 
 
@@ -80,7 +80,7 @@ def collect_rollout(run: Run, step: int) -> Rollout | None:
     if run.rollout is None:
         return None
     with run.timer.phase("rollout"):
-        return run.rollout.generate(lambda controller: controller.next_rollout(step, run.policy_version))
+        return run.rollout.next_rollout(step, run.policy_version)
 
 
 def assemble_batch(run: Run, step: int, rollout: Rollout | None) -> TrainBatch | None:
@@ -168,8 +168,13 @@ def _has_signal(micro_batches: Sequence[Sequence[MicroBatch]]) -> bool:
     return any(bool(each.advantages.any()) for mini_batch in micro_batches for each in mini_batch)
 
 
-def sync_weights(run: Run) -> None:
-    """Bring the engine to the actor's current weights."""
-    if run.rollout is not None and run.rollout.engine.policy_version != run.policy_version:
-        with run.timer.phase("weight_sync"):
-            run.rollout.weight_sync.push(run.policy_version)
+def sync_weights(run: Run) -> dict[str, float]:
+    """Bring the engine to the actor's current weights, where it has others; metrics of the transfer on rank 0.
+
+    Raises:
+        RunError: Nothing that generates has them.
+    """
+    if run.rollout is None or run.rollout.policy_version == run.policy_version:
+        return {}
+    with run.timer.phase("weight_sync"):
+        return run.rollout.sync(run.policy_version)

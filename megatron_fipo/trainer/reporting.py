@@ -19,14 +19,20 @@ from megatron_fipo.types import Accumulator, Metrics, TrainBatch, render_metrics
 logger = logging.getLogger(__name__)
 
 
-def report_evaluation(run: Run, step: int, evaluation: Mapping[str, float]) -> None:
-    """Write the line of a step without updates: step 0, or the one that found no prompts."""
+def report_evaluation(run: Run, step: int, measured: Mapping[str, float]) -> None:
+    """Write the line of a step without updates: step 0, or the one that found no prompts.
+
+    Args:
+        run: This rank's view.
+        step: The step.
+        measured: Metrics of the evaluation and of a weight sync; read on rank 0 alone.
+    """
     times = run.timer.drain()
     if run.metrics_writer is not None:
-        metrics = {"step": step, "policy_version": run.policy_version, **evaluation, **times}
+        metrics = {"step": step, "policy_version": run.policy_version, **measured, **times}
         run.metrics_writer.write(metrics)
         run.progress.end_step(step, metrics)
-        _log_evaluation(run, step, evaluation)
+        _log_evaluation(run, step, measured)
 
 
 def report_step(
@@ -35,9 +41,18 @@ def report_step(
     rollout: Rollout | None,
     batch: TrainBatch | None,
     results: Sequence[UpdateResult],
-    evaluation: Mapping[str, float],
+    measured: Mapping[str, float],
 ) -> None:
-    """Write a step's metrics, samples and log lines on rank 0; collective over all ranks."""
+    """Write a step's metrics, samples and log lines on rank 0; collective over all ranks.
+
+    Args:
+        run: This rank's view.
+        step: The step.
+        rollout: Its rollout, on rank 0; None in train-only runs.
+        batch: Its batch, on rank 0.
+        results: Its updates.
+        measured: Metrics of the evaluation and of the weight sync after it; read on rank 0 alone.
+    """
     times, memory = run.timer.drain(), _memory()
     if run.directory is None or run.metrics_writer is None or batch is None:
         return
@@ -49,14 +64,14 @@ def report_step(
     metrics |= combine_updates(results)
     if run.actor.train_step is not None and not results:
         metrics |= {"train/updates": batch.num_mini_batches, "train/updates_skipped": batch.num_mini_batches}
-    metrics |= evaluation
+    metrics |= measured
     metrics |= times
     metrics |= _throughput(batch, rollout, times) | memory
     run.metrics_writer.write(metrics)
     run.progress.end_step(step, metrics)
     _log_step(run, metrics)
     warn_of_noise(metrics, run.config.metrics.null_future_kl_budget)
-    _log_evaluation(run, step, evaluation)
+    _log_evaluation(run, step, measured)
 
 
 def combine_updates(results: Sequence[UpdateResult]) -> dict[str, Any]:
@@ -140,7 +155,7 @@ def warn_of_noise(metrics: Mapping[str, Any], budget: float) -> None:
 
 
 def _log_evaluation(run: Run, step: int, evaluation: Mapping[str, float]) -> None:
-    if not evaluation:
+    if "eval/accuracy" not in evaluation:
         return
     greedy = evaluation.get("eval/greedy_accuracy")
     logger.info(

@@ -1,36 +1,111 @@
-"""Everything that generates: engine, weights and controller."""
+"""What generates, as the loop sees it, and the engine that lives in the trainer's own processes."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from megatron_fipo.rollout.controller import RolloutController
+from megatron_fipo.rollout.controller import Decode, Rollout, RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.trainer.agreement import on_every_rank
-from megatron_fipo.types import Prompt
+from megatron_fipo.trainer.evaluation.held_out import HeldOutProblems
 from megatron_fipo.weight_sync.base import WeightSync
 
 
+class RolloutSide(Protocol):
+    """Generates with the actor's weights. All methods are collective over all ranks."""
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights that it has; −1 before the first sync."""
+        ...
+
+    @property
+    def decode(self) -> Decode | None:
+        """Token ids to text; on rank 0 alone."""
+        ...
+
+    def sync(self, policy_version: int) -> dict[str, float]:
+        """Take in the actor's current weights.
+
+        Args:
+            policy_version: Their version.
+
+        Returns:
+            Metrics of the transfer; on rank 0 alone.
+
+        Raises:
+            RunError: Nothing has them; raised on every rank.
+        """
+        ...
+
+    def next_rollout(self, step: int, policy_version: int) -> Rollout | None:
+        """A training batch; on rank 0 alone.
+
+        Raises:
+            EndOfPrompts: They have been drawn `data.epochs` times; raised on every rank, as the others.
+            RunError: See `RolloutController.next_rollout`.
+        """
+        ...
+
+    def evaluate(self, folder: Path | None) -> dict[str, float]:
+        """Try the held-out problems with the current weights.
+
+        Args:
+            folder: Where rank 0 has the results written.
+
+        Returns:
+            See `evaluation_metrics`; on rank 0 alone.
+
+        Raises:
+            RunError: A response could not be scored; raised on every rank.
+        """
+        ...
+
+
 @dataclass(slots=True, kw_only=True)
-class RolloutSide:
-    """Everything that generates; absent in train-only runs.
+class EmbeddedRollouts:
+    """The embedded engine and, on rank 0, the controller that drives it.
 
     Attributes:
         engine: This rank's engine.
         weight_sync: Feeds it.
         controller: Drives it; on rank 0 alone.
-        evaluation_prompts: Held-out prompts, on rank 0 alone.
+        held_out: What a run is evaluated on; on rank 0 alone, and only in a run.
     """
 
     engine: EmbeddedEngine
     weight_sync: WeightSync
     controller: RolloutController | None
-    evaluation_prompts: Sequence[Prompt] = ()
+    held_out: HeldOutProblems | None = None
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the engine's weights."""
+        return self.engine.policy_version
+
+    @property
+    def decode(self) -> Decode | None:
+        """Token ids to text."""
+        return None if self.controller is None else self.controller.decode
+
+    def sync(self, policy_version: int) -> dict[str, float]:
+        """Fill the engine of every rank."""
+        self.weight_sync.push(policy_version)
+        return {}
+
+    def next_rollout(self, step: int, policy_version: int) -> Rollout | None:
+        """A training batch."""
+        return self.generate(lambda controller: controller.next_rollout(step, policy_version))
+
+    def evaluate(self, folder: Path | None) -> dict[str, float]:
+        """Try the held-out problems."""
+        return self.generate(lambda controller: self._try_held_out(controller, folder)) or {}
 
     def generate[T](self, drive: Callable[[RolloutController], Coroutine[Any, Any, T]]) -> T | None:
-        """Let rank 0 drive the engine while all ranks decode; collective over all ranks.
+        """Let rank 0 drive the engine while all ranks decode.
 
         Args:
             drive: What the controller is to do.
@@ -42,6 +117,10 @@ class RolloutSide:
             RunError: From `drive`; raised on every rank.
         """
         return on_every_rank(lambda: self._take_part(drive))
+
+    async def _try_held_out(self, controller: RolloutController, folder: Path | None) -> dict[str, float]:
+        assert self.held_out is not None and folder is not None, "rank 0 of a run has both"
+        return await self.held_out.evaluate(controller, folder)
 
     def _take_part[T](self, drive: Callable[[RolloutController], Coroutine[Any, Any, T]]) -> T | None:
         if self.controller is None:

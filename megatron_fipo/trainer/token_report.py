@@ -38,8 +38,7 @@ def write_token_records(run: Run, step: int, batch: TrainBatch | None) -> None:
     tokens = run.actor.train_step.recorder.collect()
     if tokens is None or batch is None or run.directory is None or not len(tokens["sequences"]):
         return
-    controller = None if run.rollout is None else run.rollout.controller
-    decode = None if controller is None else controller.decode
+    decode = None if run.rollout is None else run.rollout.decode
     save_tokens(_records(tokens, batch, decode), token_path(run.directory.path, step))
 
 

@@ -24,8 +24,9 @@ from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.evaluation.directory import prepare_directory
 from megatron_fipo.trainer.evaluation.problems import select_prompts
+from megatron_fipo.trainer.generation import decoder
 from megatron_fipo.trainer.generation_inputs import check_positions, training_sampling
-from megatron_fipo.trainer.rollout_side import RolloutSide
+from megatron_fipo.trainer.rollout_side import EmbeddedRollouts
 from megatron_fipo.types import Prompt
 from megatron_fipo.weight_sync.folder import FolderSync
 
@@ -67,7 +68,7 @@ def prepare_problems(config: EvaluateConfig) -> Problems:
     return Problems(
         prompts=prompts,
         sampling=training_sampling(config.rollout, folder, tokenizer),
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        decode=decoder(tokenizer),
         fingerprints=fingerprints,
     )
 
@@ -83,7 +84,7 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 @contextmanager
-def build_generation(config: EvaluateConfig, problems: Problems | None) -> Iterator[RolloutSide]:
+def build_generation(config: EvaluateConfig, problems: Problems | None) -> Iterator[EmbeddedRollouts]:
     """Start grading and the engine, and fill it from the folder; collective over all ranks.
 
     Args:
@@ -111,7 +112,7 @@ def build_generation(config: EvaluateConfig, problems: Problems | None) -> Itera
                 sampling=problems.sampling,
                 seed=config.seed,
             )
-        yield RolloutSide(engine=engine, weight_sync=sync, controller=controller)
+        yield EmbeddedRollouts(engine=engine, weight_sync=sync, controller=controller)
 
 
 def _build_engine(config: EvaluateConfig) -> EmbeddedEngine:
