@@ -1,6 +1,7 @@
 """The actor's forward pass: micro-batch in, log-probabilities and entropy out, on every schedule of megatron-core."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from megatron_fipo.actor.local_layers import LocalPackedSeqParams, attention_plan
 from megatron_fipo.actor.log_probs import VocabularyShard, linear_log_probs
-from megatron_fipo.actor.micro_batch import MicroBatch
+from megatron_fipo.actor.micro_batch import MicroBatch, RoutedExperts
+from megatron_fipo.actor.routing import RoutingReplay
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.device import uses_transformer_engine
@@ -38,6 +40,7 @@ class ActorForward:
         context: This rank's place.
         vocab_size: Vocabulary without padding rows.
         temperature: Sampling temperature, at which log-probabilities are taken.
+        routing: Replays the experts that the rollout engine chose; None lets the routers choose.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class ActorForward:
         context: ParallelContext,
         vocab_size: int,
         temperature: float,
+        routing: RoutingReplay | None = None,
     ) -> None:
         self.chunks, self.provider, self.model, self.context = chunks, provider, model, context
-        self.vocab_size, self.temperature = vocab_size, temperature
+        self.vocab_size, self.temperature, self.routing = vocab_size, temperature, routing
         self._schedule = get_forward_backward_func()
 
     def run(
@@ -61,6 +65,7 @@ class ActorForward:
         forward_only: bool,
         collect: bool = False,
         processor: Callable[..., Any] | None = None,
+        replay_routing: bool = True,
     ) -> list[Any]:
         """Run every micro-batch through the pipeline.
 
@@ -71,6 +76,7 @@ class ActorForward:
             forward_only: Leave the backward pass out.
             collect: Gather what the loss function returns instead of treating it as a loss.
             processor: Turns the last hidden states into what the loss function gets; by default scores.
+            replay_routing: Send tokens to the micro-batches' `routed_experts`, where this forward pass has a replay.
 
         Returns:
             On the last pipeline stage one entry per micro-batch; elsewhere nothing.
@@ -79,7 +85,8 @@ class ActorForward:
 
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Any, LossFunction]:
             micro_batch = next(iterator)
-            return self._forward(micro_batch, chunk, processor or self._scores), loss_function(micro_batch)
+            routed = micro_batch.routed_experts if replay_routing else None
+            return self._forward(micro_batch, chunk, processor or self._scores, routed), loss_function(micro_batch)
 
         return self._schedule(
             forward_step_func=forward_step,
@@ -93,13 +100,24 @@ class ActorForward:
         )
 
     @torch.no_grad()
-    def log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probabilities [t] float64 of every micro-batch, on the last pipeline stage; elsewhere nothing."""
+    def log_probs(self, micro_batches: Sequence[MicroBatch], *, replay_routing: bool = True) -> list[Tensor]:
+        """Log-probabilities [t] float64 of every micro-batch, on the last pipeline stage; elsewhere nothing.
+
+        Args:
+            micro_batches: As in `run`.
+            replay_routing: As in `run`; false for another model than the one whose routing was recorded.
+        """
 
         def keep_log_probs(scores: Scores, non_loss_data: bool = True) -> Tensor:
             return scores["log_probs"]
 
-        return self.run(micro_batches, lambda _: keep_log_probs, forward_only=True, collect=True)
+        return self.run(
+            micro_batches,
+            lambda _: keep_log_probs,
+            forward_only=True,
+            collect=True,
+            replay_routing=replay_routing,
+        )
 
     @torch.no_grad()
     def logits(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -110,8 +128,11 @@ class ActorForward:
 
         return self.run(micro_batches, lambda _: keep, forward_only=True, collect=True, processor=self._full_logits)
 
-    def _forward(self, micro_batch: MicroBatch, chunk: Any, processor: Callable[..., Any]) -> Any:
-        return chunk(
+    def _forward(
+        self, micro_batch: MicroBatch, chunk: Any, processor: Callable[..., Any], routed: RoutedExperts | None
+    ) -> Any:
+        forward = partial(
+            chunk,
             input_ids=micro_batch.token_ids,
             position_ids=None,
             attention_mask=None,
@@ -119,6 +140,7 @@ class ActorForward:
             output_processor=processor,
             output_processor_context=micro_batch,
         )
+        return forward() if self.routing is None else self.routing.run(chunk, routed, forward)
 
     def _scores(
         self,

@@ -16,6 +16,23 @@ from megatron_fipo.parallel.packing import Pack
 from megatron_fipo.types import TrainBatch
 
 
+@dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """Where the tokens that a rank's routers see are sent: t / W of them under sequence parallelism of W ranks.
+
+    Attributes:
+        experts: [layers with experts on this rank, t / W, k] uint8 or int16; on the host until they are used.
+        recorded: [t / W] bool, false where the router chooses for itself.
+    """
+
+    experts: Tensor
+    recorded: Tensor
+
+    def to(self, device: torch.device) -> "RoutedExperts":
+        """The same on a device."""
+        return RoutedExperts(self.experts.to(device), self.recorded.to(device))
+
+
 @dataclass(slots=True, kw_only=True)
 class MicroBatch:
     """A pack's local part: t = layout.num_local_tokens positions, N sequences, R positions that count.
@@ -34,6 +51,7 @@ class MicroBatch:
         old_log_probs: [t] float64, the actor's before the first update, whichever policy versions sampled the tokens;
             set by the old-log-probability pass.
         reference_log_probs: [t] float64, the reference policy's; set where the algorithm has a reference KL.
+        routed_experts: Where the actor's routers are to send the tokens; None leaves it to them.
     """
 
     layout: PackLayout
@@ -48,6 +66,7 @@ class MicroBatch:
     rollout_log_probs: Tensor
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 def build_micro_batch(

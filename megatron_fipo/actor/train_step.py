@@ -108,6 +108,8 @@ class TrainStep:
         assert self._denominator is not None, "the schedule did not finalize the gradients"
         denominator = float(self._denominator.item())
         summary = self._summarise(micro_batches, parts)
+        if self.forward.routing is not None:
+            summary["metrics"] |= self.forward.routing.take_metrics()
         loss = summary["numerator"] / denominator if summary["kept_tokens"] else math.nan
         grad_norm, applied, reason = 0.0, False, ""
         if summary["culprit"]:

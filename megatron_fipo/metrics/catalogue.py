@@ -329,6 +329,14 @@ _MISMATCH = Section(
             combination="mean",
         ),
         Metric(
+            name="train/routing_mismatch_fraction",
+            description="Of the choices of experts that are replayed (rollout.replay_routing), one for each token and "
+            "layer, those that the trainer's router would not have made; on the first update.",
+            unit="fraction",
+            reduction="ratio",
+            combination="first",
+        ),
+        Metric(
             name="train/rollout_importance_mean",
             description="Mean truncated importance factor, where algorithm.rollout_importance_cap is set.",
             reduction="mean",

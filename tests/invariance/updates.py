@@ -153,9 +153,15 @@ def run_combinations(root: Path, combinations: Sequence[Combination]) -> list[Ou
 
 def run_updates(actor: TinyActor, combination: Combination) -> Outcome:
     """All updates with an actor that has been cut as the combination says."""
-    optimizer = GradientRecorder(actor, OPTIMIZERS[combination.model], actor.provider.bf16)
-    train_step = TrainStep(actor.forward, optimizer, ALGORITHMS[combination.algorithm], actor.context)
-    updates = micro_batches(actor, combination)
+    return take_updates(actor, combination.model, ALGORITHMS[combination.algorithm], micro_batches(actor, combination))
+
+
+def take_updates(
+    actor: TinyActor, model: str, algorithm: AlgorithmConfig, updates: Sequence[Sequence[MicroBatch]]
+) -> Outcome:
+    """One update for each list of micro-batches, of the model's ragged batch."""
+    optimizer = GradientRecorder(actor, OPTIMIZERS[model], actor.provider.bf16)
+    train_step = TrainStep(actor.forward, optimizer, algorithm, actor.context)
     for update in updates:
         for micro_batch, log_probs in zip(update, actor.forward.log_probs(update), strict=False):
             micro_batch.old_log_probs = log_probs
@@ -170,7 +176,7 @@ def run_updates(actor: TinyActor, combination: Combination) -> Outcome:
         gradients=optimizer.gradients if is_main else [],
         weights=weights if is_main else {},
         digest=digest.hexdigest(),
-        mean_advantage=float(np.abs(ragged_batch(SEEDS[combination.model]).advantages).mean()),
+        mean_advantage=float(np.abs(ragged_batch(SEEDS[model]).advantages).mean()),
     )
 
 
