@@ -9,6 +9,7 @@ from megatron_fipo.actor.forward import ActorForward
 from megatron_fipo.actor.model import build_model, build_provider
 from megatron_fipo.actor.optimizer import ActorOptimizer
 from megatron_fipo.actor.reference import ReferencePolicy
+from megatron_fipo.actor.routing import RoutingReplay, require_replayable
 from megatron_fipo.actor.train_step import TrainStep
 from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
 from megatron_fipo.config.base import require
@@ -104,8 +105,13 @@ def _find_recorded(config: RunConfig, bridge: HfBridge) -> list[Path]:
 
 def _build_actor(config: RunConfig, bridge: HfBridge, context: ParallelContext) -> Actor:
     provider = build_provider(bridge, config.model, config.parallelism, context)
+    if config.rollout.replay_routing:
+        require_replayable(provider)
     chunks = build_model(provider, bridge, config.parallelism, context)
-    forward = ActorForward(chunks, provider, config.model, context, bridge.vocab_size, config.rollout.temperature)
+    routing = RoutingReplay(chunks, provider, context) if config.rollout.replay_routing else None
+    forward = ActorForward(
+        chunks, provider, config.model, context, bridge.vocab_size, config.rollout.temperature, routing
+    )
     train_step = reference = None
     if config.mode != "rollout_only":
         # While the weights are still those of the model folder.

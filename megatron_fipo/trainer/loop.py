@@ -103,12 +103,21 @@ def _assemble(run: Run, step: int, rollout: Rollout | None) -> TrainBatch:
 
 
 def distribute_batch(run: Run, batch: TrainBatch | None) -> list[list[MicroBatch]]:
-    """Every rank's micro-batches, by mini-batch; none in rollout-only runs."""
+    """Every rank's micro-batches, by mini-batch; none in rollout-only runs.
+
+    Raises:
+        RoutingFileError: The experts to replay are missing or unfit.
+    """
     if run.actor.train_step is None:
         return []
     choose_recorded(run, batch)
     with run.timer.phase("distribute"):
-        return shard_micro_batches(batch, packing_rules(run.config.parallelism), run.context, compute_device())
+        micro_batches = shard_micro_batches(
+            batch, packing_rules(run.config.parallelism), run.context, compute_device(), run.actor.forward.routing
+        )
+    if run.config.mode == "train" and batch is not None and batch.routing_file is not None:
+        batch.routing_file.unlink()
+    return micro_batches
 
 
 def compute_old_log_probs(run: Run, micro_batches: Sequence[Sequence[MicroBatch]]) -> None:
@@ -119,18 +128,24 @@ def compute_old_log_probs(run: Run, micro_batches: Sequence[Sequence[MicroBatch]
 
 
 def compute_reference_log_probs(run: Run, micro_batches: Sequence[Sequence[MicroBatch]]) -> None:
-    """Log-probabilities under the initial weights, on the same packs, where the loss has a reference KL."""
+    """Log-probabilities under the initial weights, on the same packs, where the loss has a reference KL.
+
+    The reference policy is another model than the one that the engine ran, so it routes tokens for itself.
+    """
     if run.actor.reference is None:
         return
     with run.timer.phase("reference"), run.actor.reference.in_place():
-        for micro_batch, log_probs in _log_probs(run, micro_batches):
+        for micro_batch, log_probs in _log_probs(run, micro_batches, replay_routing=False):
             micro_batch.reference_log_probs = log_probs
 
 
-def _log_probs(run: Run, micro_batches: Sequence[Sequence[MicroBatch]]) -> Iterator[tuple[MicroBatch, Tensor]]:
+def _log_probs(
+    run: Run, micro_batches: Sequence[Sequence[MicroBatch]], replay_routing: bool = True
+) -> Iterator[tuple[MicroBatch, Tensor]]:
     """Every micro-batch with its log-probabilities, on the last pipeline stage; elsewhere nothing."""
     for number, mini_batch in enumerate(micro_batches):
-        yield from zip(mini_batch, run.actor.forward.log_probs(mini_batch), strict=False)
+        log_probs = run.actor.forward.log_probs(mini_batch, replay_routing=replay_routing)
+        yield from zip(mini_batch, log_probs, strict=False)
         run.progress.advance(number + 1, len(micro_batches))
 
 
