@@ -68,7 +68,6 @@ class HfBridge:
                 way_out="choose a supported architecture, such as Qwen2, Qwen3, Qwen3-MoE or Llama",
             ) from error
         self._export_tasks: Any = None
-        self._stage_export: StageExport | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -152,27 +151,19 @@ class HfBridge:
             tensor = self._trim(name, tensor)
             yield name, tensor.detach() if dtype is None else tensor.detach().to(dtype)
 
-    def export_stage(self, model: list[Any], context: ParallelContext) -> Iterator[tuple[str, Tensor]]:
-        """Stream this pipeline stage's (Hugging Face name, full tensor) pairs to its sender.
+    def stage_export(self, model: list[Any], context: ParallelContext) -> StageExport:
+        """What streams this rank's pipeline stage to the stage's sender; made by all ranks together.
 
-        Together the stages' streams are `export`'s: each tensor once, a tied embedding on the first stage. Collective
-        over the stage; ranks other than the sender (`stage_export.is_stage_sender`) get nothing and exhaust it.
+        Together the stages' streams are `export`'s: each tensor once, a tied embedding on the first stage.
 
         Args:
-            model: Model chunks of this rank, without data-parallel wrappers; the same at every call.
+            model: Model chunks of this rank, without data-parallel wrappers.
             context: This rank's place.
-
-        Yields:
-            Pairs in a fixed order, in the parameters' type, padding rows of the vocabulary trimmed. A tensor may be a
-            view of a live parameter: copy it to keep it.
 
         Raises:
             ConfigError: The checkpoint keeps a layer's experts in one tensor.
         """
-        if self._stage_export is None:
-            self._stage_export = StageExport(self._bridge, model, context)
-        for name, tensor in self._stage_export.stream():
-            yield name, self._trim(name, tensor).detach()
+        return StageExport(self._bridge, model, context, self._trim)
 
     def _trim(self, name: str, tensor: Tensor) -> Tensor:
         return tensor[: self.vocab_size] if name in _VOCABULARY_TENSORS else tensor

@@ -6,7 +6,7 @@ their ranks to the sender by a gather of our own. Ranks whose tensors the sender
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,21 +38,25 @@ def is_stage_sender(context: ParallelContext) -> bool:
 
 
 class StageExport:
-    """The tensors of this rank's pipeline stage; what can be worked out once is worked out once.
+    """The tensors of this rank's pipeline stage; what can be worked out once is worked out by all ranks together.
 
     Args:
         bridge: megatron-bridge's AutoBridge of the model folder.
         model: Model chunks of this rank, without data-parallel wrappers.
         context: This rank's place.
+        trim: Takes off a tensor what Hugging Face has not: gets its name and the tensor.
 
     Raises:
         ConfigError: The checkpoint keeps a layer's experts in one tensor, of which no rank has the whole.
     """
 
-    def __init__(self, bridge: Any, model: list[Any], context: ParallelContext) -> None:
+    def __init__(
+        self, bridge: Any, model: list[Any], context: ParallelContext, trim: Callable[[str, Tensor], Tensor]
+    ) -> None:
+        self.is_sender = is_stage_sender(context)
+        self._trim = trim
         self._translation, self._source = bridge._model_bridge, bridge.hf_pretrained
         groups = context.groups
-        self._is_sender = is_stage_sender(context)
         # Experts are cut by a grid of their own, whose first rank is the stage's first rank too.
         self._gathers_dense = context.dp_cp_group.rank() == 0
         self._gathers_experts = groups.expt_dp.rank() == 0
@@ -73,21 +77,26 @@ class StageExport:
                 )
             task.mapping.set_process_groups_from_pg_collection(SimpleNamespace(pp=_Alone(), ep=_Alone()))
 
-    @torch.no_grad()
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, full tensor) on the stage's sender, nothing elsewhere; collective over the stage.
 
-        Other ranks take part by exhausting it. A tensor may be a view of a live parameter.
+        The stage's other ranks take part by exhausting it. The order is fixed, the type the parameters' own, padding
+        rows of the vocabulary are trimmed. A tensor may be a view of a live parameter: copy it to keep it.
         """
+        for name, tensor in self._gather():
+            yield name, self._trim(name, tensor).detach()
+
+    def _gather(self) -> Iterator[tuple[str, Tensor]]:
         for task in self._tasks:
             is_expert = task.mapping.is_expert
             if not (self._gathers_experts if is_expert else self._gathers_dense):
                 continue
-            tensors = task.mapping.megatron_to_hf(task.param_weight, task.megatron_module)
+            with torch.no_grad():
+                tensors = task.mapping.megatron_to_hf(task.param_weight, task.megatron_module)
             tensors = self._translation.maybe_modify_converted_hf_weight(task, tensors, self._source.state)
             if is_expert:
                 yield from self._gather_experts(tensors)
-            elif self._is_sender:
+            elif self.is_sender:
                 yield from tensors.items()
                 yield from self._tied_output(task, tensors)
 
@@ -100,7 +109,7 @@ class StageExport:
             yield from tensors.items()
             return
         for name, tensor in tensors.items():
-            parts = [torch.empty_like(tensor) for _ in range(size)] if self._is_sender else None
+            parts = [torch.empty_like(tensor) for _ in range(size)] if self.is_sender else None
             dist.gather(tensor.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
             for rank, part in enumerate(parts or ()):
                 yield self._name_on(rank, name), part

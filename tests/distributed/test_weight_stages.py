@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from megatron_fipo.actor.model import unwrap
-from megatron_fipo.conversion.stage_export import is_stage_sender
 from tests.distributed_helpers import run_distributed
 from tests.tiny_actors import bits, tiny_actor
 from tests.tiny_models import write_tiny_model
@@ -59,13 +58,14 @@ def export_both_ways(root: Path, cases: dict[str, tuple[str, dict[str, Any]]]) -
         with tiny_actor(root / model, parallelism) as actor:
             chunks = unwrap(actor.chunks)
             whole = {name: tensor.clone() for name, tensor in actor.bridge.export(chunks)}
+            stage = actor.bridge.stage_export(chunks, actor.context)
             # Twice: the second stream goes over what the first one prepared.
             for _ in range(2):
-                own = [(name, tensor.clone()) for name, tensor in actor.bridge.export_stage(chunks, actor.context)]
+                own = [(name, tensor.clone()) for name, tensor in stage.stream()]
             found[case] = {
                 "whole": sorted(whole),
                 "own": [name for name, _ in own],
-                "is_sender": is_stage_sender(actor.context),
+                "is_sender": stage.is_sender,
                 "different": [
                     name
                     for name, tensor in own
