@@ -64,6 +64,10 @@ class ServerUnreachableError(ServerError):
     """No answer: no connection, or one that ended or stayed silent."""
 
 
+class ServerSilentError(ServerUnreachableError):
+    """It took the request and did not answer in time."""
+
+
 class ServerRefusedError(ServerError):
     """The server said no.
 
@@ -393,7 +397,7 @@ class SglangServer:
         except aiohttp.ConnectionTimeoutError as error:
             raise self._unreachable(call, f"no connection in {CONNECT_TIMEOUT_S:g} s") from error
         except TimeoutError as error:
-            raise self._unreachable(call, f"no answer in {timeout_s:g} s") from error
+            raise self._unreachable(call, f"no answer in {timeout_s:g} s", ServerSilentError) from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
             raise self._unreachable(call, f"{type(error).__name__}: {error}") from error
         except aiohttp.ClientError as error:
@@ -402,8 +406,10 @@ class SglangServer:
             raise self._refused(call, response.status, answer)
         return answer
 
-    def _unreachable(self, call: str, problem: str) -> ServerUnreachableError:
-        return ServerUnreachableError(
+    def _unreachable(
+        self, call: str, problem: str, kind: type[ServerUnreachableError] = ServerUnreachableError
+    ) -> ServerUnreachableError:
+        return kind(
             self.url, call, problem, "the server's own log tells whether it ended or hangs; otherwise check the network"
         )
 

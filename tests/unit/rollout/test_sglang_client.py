@@ -13,6 +13,7 @@ from megatron_fipo.rollout.sglang_client import (
     ServerError,
     ServerNonsenseError,
     ServerRefusedError,
+    ServerSilentError,
     ServerUnreachableError,
     SglangServer,
     open_session,
@@ -153,7 +154,7 @@ async def stop_half_way(request: web.Request) -> web.StreamResponse:
         (b'{"success":', ServerNonsenseError, "is not JSON"),
         (hang_up, ServerUnreachableError, "Disconnected"),
         (stop_half_way, ServerUnreachableError, "PayloadError"),
-        (SILENCE, ServerUnreachableError, "no answer in 0.1 s"),
+        (SILENCE, ServerSilentError, "no answer in 0.1 s"),
     ],
 )
 def test_what_goes_wrong_is_told_with_server_call_and_way_out(answer: Answer, kind: type, text: str) -> None:
@@ -218,5 +219,5 @@ def test_a_session_raises_the_limit_on_open_files() -> None:
 
 
 def test_errors_are_of_one_family() -> None:
-    for kind in (ServerUnreachableError, ServerRefusedError, ServerNonsenseError):
+    for kind in (ServerUnreachableError, ServerSilentError, ServerRefusedError, ServerNonsenseError):
         assert issubclass(kind, ServerError)
