@@ -104,11 +104,10 @@ class _ReplayingRouter:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A router: its number on this rank, its layer in the model, and that among the layers with experts; from 0."""
+    """A router: its number on this rank, and that of its layer among the model's layers with experts, both from 0."""
 
     router: _ReplayingRouter
     number: int
-    layer: int
     moe_layer: int
 
 
@@ -122,11 +121,7 @@ class RoutingReplay:
     """
 
     def __init__(self, chunks: Sequence[Any], provider: Any, context: ParallelContext) -> None:
-        self._num_layers, self._num_experts, self._top_k = (
-            provider.num_layers,
-            provider.num_moe_experts,
-            provider.moe_router_topk,
-        )
+        self._num_experts, self._top_k = provider.num_moe_experts, provider.moe_router_topk
         self._moe_layers = _moe_layers(provider)
         self._parts = context.tp_size if provider.sequence_parallel else 1
         self._part = context.tp_rank if provider.sequence_parallel else 0
@@ -145,8 +140,8 @@ class RoutingReplay:
             # Transformer Engine's fused router asks nobody for the choice.
             router.config.moe_router_fusion = False
             router.router_replay = _ReplayingRouter()
-            number = layer.layer_number - 1
-            place = _Place(router.router_replay, len(self._places), number, self._moe_layers.index(number))
+            moe_layer = self._moe_layers.index(layer.layer_number - 1)
+            place = _Place(router.router_replay, len(self._places), moe_layer)
             self._places.append(place)
         return self._places[first:]
 
@@ -188,7 +183,11 @@ class RoutingReplay:
         Raises:
             RoutingFileError: The file is of another model, or holds experts that are none.
         """
-        numbers = [self._number(place, file) for place in self._places]
+        if (file.num_layers, file.top_k) != (len(self._moe_layers), self._top_k):
+            raise RoutingFileError(
+                f"{file.path} holds {file.top_k} experts a token in {file.num_layers} layers, the actor has "
+                f"{self._top_k} in {len(self._moe_layers)}: they are different models"
+            )
         tokens = torch.full((layout.num_tokens,), -1, dtype=torch.int64)
         for place, index in enumerate(sequences):
             first = int(layout.cu_seqlens[place])
@@ -196,18 +195,9 @@ class RoutingReplay:
                 int(starts[index]), int(starts[index + 1])
             )
         mine = layout.shard(tokens).chunk(self._parts)[self._part].numpy()
-        experts, recorded = file.read(numbers, mine)
+        experts, recorded = file.read([place.moe_layer for place in self._places], mine)
         self._check(experts[:, recorded], file)
         return RoutedExperts(torch.from_numpy(experts), torch.from_numpy(recorded))
-
-    def _number(self, place: _Place, file: RoutingFile) -> int:
-        """A router's layer in a file, which counts all layers (as SGLang does) or those with experts."""
-        if file.top_k != self._top_k or file.num_layers not in (self._num_layers, len(self._moe_layers)):
-            raise RoutingFileError(
-                f"{file.path} holds {file.top_k} experts a token in {file.num_layers} layers, the actor has "
-                f"{self._top_k} in {len(self._moe_layers)} of {self._num_layers}: they are different models"
-            )
-        return place.layer if file.num_layers == self._num_layers else place.moe_layer
 
     def _check(self, experts: Any, file: RoutingFile) -> None:
         """Refuse what the exchange of tokens could not survive: each token needs k different experts of the model."""

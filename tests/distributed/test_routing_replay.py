@@ -266,7 +266,7 @@ def test_all_ranks_refuse_experts_that_cannot_be_replayed(folder: Path, tmp_path
     mine, others = run_distributed(refusals, 2, folder, paths)
     assert mine == others
     assert "names an expert twice" in mine[0] and "names an expert twice" in mine[1]
-    assert "holds 2 experts a token in 3 layers, the actor has 2 in 4 of 4" in mine[2]
+    assert "holds 2 experts a token in 3 layers, the actor has 2 in 4: they are different models" in mine[2]
     assert "holds 3 experts a token in 4 layers" in mine[3]
     assert "rollout.replay_routing asks for them" in mine[4]
 
