@@ -92,6 +92,63 @@ _ROLLOUT = Section(
             description="Groups without signal that were taken to complete the batch.",
             unit="groups",
         ),
+        Metric(
+            name="rollout/staleness_mean",
+            description="Versions that the batch's groups are behind the weights that train on them, by each one's "
+            "oldest sample; where rollout.policy_lag or carry_over_max_lag allows any.",
+            unit="versions",
+        ),
+        Metric(name="rollout/staleness_max", description="Those of the oldest group.", unit="versions"),
+        Metric(name="rollout/staleness_<lag>_fraction", description="Groups so many versions behind.", unit="fraction"),
+        Metric(
+            name="rollout/token_staleness_mean",
+            description="Versions that response tokens are behind, each by the weights that sampled it.",
+            unit="versions",
+        ),
+        Metric(name="rollout/token_staleness_max", description="Those of the oldest token.", unit="versions"),
+        Metric(
+            name="rollout/token_staleness_<lag>_fraction",
+            description="Response tokens so many versions behind.",
+            unit="fraction",
+        ),
+    ),
+)
+
+_SERVED = Section(
+    "Served rollouts",
+    "Of runs with SGLang servers, counted from one full batch to the next.",
+    (
+        Metric(name="rollout/wait_s", description="Time that the trainer waited for its batch.", unit="s"),
+        Metric(
+            name="rollout/overlap_fraction",
+            description="Part of the time of generation in which the trainer did not wait for it.",
+            unit="fraction",
+        ),
+        Metric(
+            name="rollout/groups_cut",
+            description="Groups given up unfinished when the batch was full, too old for the next one.",
+            unit="groups",
+        ),
+        Metric(
+            name="rollout/groups_returned",
+            description="Groups that no server had begun when the batch was full; their prompts come first next time.",
+            unit="groups",
+        ),
+        Metric(
+            name="rollout/groups_under_way",
+            description="Groups that go on being generated for later batches.",
+            unit="groups",
+        ),
+        Metric(
+            name="rollout/requests_interrupted",
+            description="Times that a request came back unfinished and was sent again.",
+            unit="requests",
+        ),
+        Metric(
+            name="rollout/response_tokens_discarded",
+            description="Generated tokens of unfinished responses that were given up or begun again.",
+            unit="tokens",
+        ),
     ),
 )
 
@@ -414,6 +471,11 @@ _PERFORMANCE = Section(
     (
         Metric(name="time/<phase>_s", description="Time of one phase of the step.", unit="s"),
         Metric(
+            name="perf/journal_s",
+            description="Time of writing the batch of a served engine to disk, within that of the rollout.",
+            unit="s",
+        ),
+        Metric(
             name="perf/rollout_response_tokens_per_s",
             description="Generated response tokens over the time of generation and scoring.",
             unit="tokens/s",
@@ -443,4 +505,6 @@ _PERFORMANCE = Section(
     ),
 )
 
-CATALOGUE = Catalogue((_STEP, _ROLLOUT, _DATA, _UPDATES, _FIPO, _MISMATCH, _REFERENCE, _EVALUATION, _PERFORMANCE))
+CATALOGUE = Catalogue(
+    (_STEP, _ROLLOUT, _SERVED, _DATA, _UPDATES, _FIPO, _MISMATCH, _REFERENCE, _EVALUATION, _PERFORMANCE)
+)

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -128,8 +128,12 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
 class ServedEngine(RolloutEngine, Protocol):
-    """An engine whose servers go on by themselves, and take in weights between `pause` and `resume`."""
+    """An engine whose servers go on by themselves, and take in weights between `pause` and `resume`.
+
+    Requests may be submitted while others are in flight; any other engine decodes in waves.
+    """
 
     @property
     def servers(self) -> Sequence[ServerAddress]:

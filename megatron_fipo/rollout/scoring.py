@@ -1,4 +1,4 @@
-"""Rewards of a stream of samples: handed in as they come, collected at its end."""
+"""Rewards of samples: of a wave, handed in as they come and collected at its end, or each by itself."""
 
 import asyncio
 import logging
@@ -26,6 +26,7 @@ class Scoring:
         num_errors: Samples without a reward, because a term failed.
         num_timeouts: Samples whose answer was given up for its time or memory; it counts as wrong.
         num_bad_references: Samples without a reward, because the prompt's reference answer cannot be used.
+        num_waiting: Samples that `score` waits for.
     """
 
     pool: RewardPool
@@ -33,12 +34,31 @@ class Scoring:
     num_errors: int = 0
     num_timeouts: int = 0
     num_bad_references: int = 0
+    num_waiting: int = 0
     _waiting: list[_Waiting] = field(default_factory=list)
     _reported: set[str] = field(default_factory=set)
 
     def hand_in(self, group: RolloutGroup, sample: Sample) -> None:
         """Have a sample of the group scored; returns at once."""
-        prompt = group.prompt
+        self._waiting.append((group, sample, self._submit(group.prompt, sample)))
+
+    async def score(self, group: RolloutGroup, sample: Sample) -> bool:
+        """Have a sample of the group scored, and wait: fill in its reward, or take it out of the group.
+
+        Returns:
+            Whether it has a reward.
+
+        Raises:
+            RewardError: A term failed and `on_error` is "fatal".
+        """
+        self.num_waiting += 1
+        try:
+            (outcome,) = await asyncio.wrap_future(self._submit(group.prompt, sample))
+        finally:
+            self.num_waiting -= 1
+        return self._settle(group, sample, outcome)
+
+    def _submit(self, prompt: Prompt, sample: Sample) -> Future[list[Score | ScoreFailure]]:
         response = Response(
             text=sample.response_text,
             finish_reason=sample.finish_reason,
@@ -48,7 +68,7 @@ class Scoring:
             metadata=prompt.metadata,
         )
         job = ScoreJob(f"{prompt.id}#{sample.sample_index}", response)
-        self._waiting.append((group, sample, self.pool.submit([job])))
+        return self.pool.submit([job])
 
     async def collect(self) -> AsyncIterator[tuple[RolloutGroup, Sample]]:
         """Wait for all that was handed in: fill in rewards, and take samples without one out of their groups.
@@ -64,15 +84,8 @@ class Scoring:
         waiting, self._waiting = self._waiting, []
         for group, sample, future in waiting:
             (outcome,) = await asyncio.wrap_future(future)
-            if isinstance(outcome, Score):
-                sample.score, sample.reward = outcome.score, outcome.reward
-                sample.reward_terms, sample.answer = outcome.terms, outcome.answer
-                self.num_timeouts += outcome.timed_out
+            if self._settle(group, sample, outcome):
                 yield group, sample
-            else:
-                self._apply_policy(group.prompt, outcome)
-                # By identity: samples hold arrays, which have no single equality.
-                group.samples = [each for each in group.samples if each is not sample]
 
     def counters(self) -> dict[str, float]:
         """What has been counted since the last call, as metrics."""
@@ -83,6 +96,17 @@ class Scoring:
         }
         self.num_errors = self.num_timeouts = self.num_bad_references = 0
         return counted
+
+    def _settle(self, group: RolloutGroup, sample: Sample, outcome: Score | ScoreFailure) -> bool:
+        if isinstance(outcome, Score):
+            sample.score, sample.reward = outcome.score, outcome.reward
+            sample.reward_terms, sample.answer = outcome.terms, outcome.answer
+            self.num_timeouts += outcome.timed_out
+            return True
+        self._apply_policy(group.prompt, outcome)
+        # By identity: samples hold arrays, which have no single equality.
+        group.samples = [each for each in group.samples if each is not sample]
+        return False
 
     def _apply_policy(self, prompt: Prompt, failure: ScoreFailure) -> None:
         if failure.kind == "reference":

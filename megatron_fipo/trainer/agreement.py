@@ -8,8 +8,8 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.data.stream import EndOfPrompts
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.rewards.base import RewardError
+from megatron_fipo.rollout.admission import NoSignalError
 from megatron_fipo.rollout.batch import RecordedBatchError
-from megatron_fipo.rollout.controller import NoSignalError
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.trainer.controller_link import ControllerEndedError
 

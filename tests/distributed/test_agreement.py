@@ -3,8 +3,8 @@ import torch.distributed as dist
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.rewards.base import RewardError
+from megatron_fipo.rollout.admission import NoSignalError
 from megatron_fipo.rollout.batch import RecordedBatchError
-from megatron_fipo.rollout.controller import NoSignalError
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.export import ExportError

@@ -12,12 +12,13 @@ from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.metrics.rollout_metrics import group_metrics
 from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.admission import Admission, NoSignalError
-from megatron_fipo.rollout.controller import BatchRecipe, CollectedGroups, RolloutController
+from megatron_fipo.rollout.batch_recipe import BatchRecipe, CollectedGroups
+from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
 from megatron_fipo.rollout.sample_records import sample_records
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.runtime.errors import NonFiniteError, RunError
-from megatron_fipo.runtime.progress import Progress
+from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
 
@@ -110,6 +111,7 @@ class Prompts:
 def make_controller(answers: str, engine: SeedEngine | None = None, **config: Any) -> RolloutController:
     values = {"num_prompts_per_step": 4, "group_size": 4, "max_generation_rounds": 3} | config
     drop, on_error = values.pop("drop", True), values.pop("on_error", "fatal")
+    progress = values.pop("progress", NO_PROGRESS)
     return RolloutController(
         engine=engine or SeedEngine(),
         scoring=Scoring(_POOLS[0], on_error),
@@ -122,6 +124,7 @@ def make_controller(answers: str, engine: SeedEngine | None = None, **config: An
             algorithm=DapoConfig(drop_zero_variance_groups=drop, updates_per_rollout=2),
             num_records=3,
         ),
+        progress=progress,
     )
 
 
@@ -421,8 +424,7 @@ class Listener(Progress):
 
 def test_a_watcher_hears_of_every_response_and_of_each_rounds_number() -> None:
     listener = Listener()
-    controller = make_controller("snssss", num_prompts_per_step=2, group_size=2)
-    controller.progress = listener
+    controller = make_controller("snssss", num_prompts_per_step=2, group_size=2, progress=listener)
     batch = rollout(controller)
     totals = [total for done, total in listener.counts if done == 0]
     assert len(totals) == batch.metrics["rollout/generation_rounds"] > 1
