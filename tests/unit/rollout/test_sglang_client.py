@@ -195,8 +195,8 @@ def test_the_body_of_an_answer_waits_for_its_reader_beyond_the_deadline() -> Non
     async def ask() -> None:
         may_read = asyncio.Event()
         async with serving(generate=b"x" * 300) as (server, _):
-            asking = asyncio.create_task(server.generate(b"{}", 0.2, may_read.wait))
-            done_early, _ = await asyncio.wait([asking], timeout=0.5)
+            asking = asyncio.create_task(server.generate(b"{}", 1, may_read.wait))
+            done_early, _ = await asyncio.wait([asking], timeout=1.5)
             assert not done_early
             may_read.set()
             assert await asking == b"x" * 300

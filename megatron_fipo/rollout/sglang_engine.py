@@ -1,0 +1,518 @@
+"""The engine over SGLang servers: every request has exactly one result, whatever becomes of the servers.
+
+An attempt that fails, or whose answer cannot be used, is made again elsewhere. A server that hangs is restarted; one
+that does not have the weights it should have gets no requests until it has.
+"""
+
+import asyncio
+import logging
+import random
+import uuid
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+
+import numpy as np
+
+from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.config.weight_sync import PauseMode
+from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, ServerAddress
+from megatron_fipo.rollout.generate_responses import ResponseError, RoutingShape, read_response, request_body
+from megatron_fipo.rollout.server_choice import Flight, Server, check_length, check_tokens, choose_server
+from megatron_fipo.rollout.server_registry import ServerLife, ServerPool
+from megatron_fipo.rollout.sglang_client import (
+    FOLDER_VERSION,
+    PROBE_TIMEOUT_S,
+    ServerError,
+    ServerSilentError,
+    SglangServer,
+    open_session,
+)
+from megatron_fipo.runtime.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+MAX_RESULTS_WAITING = 64
+"""Answers that are read or wait to be taken; further ones stay in the network."""
+
+PROBE_INTERVAL_S = 15.0
+PROBE_AGAIN_S = 2.0
+FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.1, 10.0
+ABORT_INTERVAL_S = 1.0
+"""An abort that overtakes its request is lost, so it is said again."""
+
+MAX_FAILED_PROBES = 2
+MAX_FAILURES_IN_A_ROW = 16
+NUM_PARSERS = 2
+# Below this an answer is read at once: a thread takes longer to hear of it.
+_LARGE_ANSWER_BYTES = 1 << 16
+
+
+class SglangEngine:
+    """A `ServedEngine`; use it in `async with`, in one event loop.
+
+    Args:
+        pool: Servers. The engine has them restarted, and leaves it to its owner to close the pool.
+        config: Requests in flight, and how long and how often they are tried.
+        vocabulary_size: Ids lie below it.
+        routing: Experts of the model, where they are replayed.
+    """
+
+    def __init__(
+        self, pool: ServerPool, config: RolloutConfig, vocabulary_size: int, routing: RoutingShape | None = None
+    ) -> None:
+        self._pool, self._config, self._vocabulary_size, self._routing = pool, config, vocabulary_size, routing
+        self._session = open_session(pool.api_key, config.max_requests_in_flight)
+        self._parsers = ThreadPoolExecutor(NUM_PARSERS, thread_name_prefix="parser")
+        self._servers: dict[str, Server] = {}
+        self._flights: dict[str, Flight] = {}
+        self._waiting: deque[Flight] = deque()
+        self._known_lives: set[str] = set()
+        self._homes: dict[str, str] = {}
+        self._group_sizes: Counter[str] = Counter()
+        self._results: deque[tuple[GenerationResult, bool]] = deque()
+        self._slots = asyncio.Semaphore(MAX_RESULTS_WAITING)
+        self._num_running = 0
+        self._policy_version = FOLDER_VERSION
+        self._is_running = asyncio.Event()
+        self._is_running.set()
+        self._failure: BaseException | None = None
+        # Set where there may be something to send, and where there may be something to take.
+        self._work, self._news = asyncio.Event(), asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._jitter = random.Random()
+
+    async def __aenter__(self) -> Self:
+        self._start(self._follow_pool())
+        self._start(self._dispatch())
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        tasks = [*self._tasks, *(flight.task for flight in self._flights.values() if flight.task is not None)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._parsers.shutdown(wait=True)
+        # Servers notice within seconds that nobody waits for an answer, and end the request.
+        await self._session.close()
+
+    @property
+    def servers(self) -> Sequence[ServerAddress]:
+        """Servers that answer, those that wait for weights included, in an order that restarts do not change."""
+        known = (self._servers.get(life.name) for life in self._pool.lives)
+        return [server.address for server in known if server is not None]
+
+    async def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Queue requests and return.
+
+        Raises:
+            RunError: A request would harm a server, or the engine has failed.
+            ValueError: A request of that name is in flight.
+        """
+        self._raise_failure()
+        for request in requests:
+            check_tokens(request, self._vocabulary_size)
+            if request.request_id in self._flights:
+                raise ValueError(f"request {request.request_id} is in flight already")
+            flight = Flight(request=request)
+            self._flights[request.request_id] = flight
+            self._group_sizes[request.prompt_id] += 1
+            self._waiting.append(flight)
+        self._work.set()
+
+    async def stream(self) -> AsyncIterator[GenerationResult]:
+        """Yield results in the order they finish; end when nothing is left in flight.
+
+        Raises:
+            RunError: No server is left, or a request failed as often as it may.
+        """
+        while True:
+            self._raise_failure()
+            if self._results:
+                result, has_slot = self._results.popleft()
+                if has_slot:
+                    self._slots.release()
+                yield result
+            elif self._flights:
+                self._news.clear()
+                await self._news.wait()
+            else:
+                return
+
+    async def abort(self, request_ids: Collection[str]) -> None:
+        """End requests early; their results come with finish reason "abort" and what they have so far."""
+        for request_id in request_ids:
+            flight = self._flights.get(request_id)
+            if flight is None or flight.is_aborted:
+                continue
+            flight.is_aborted = True
+            if flight.server is None:
+                self._end_empty(flight)
+            else:
+                self._start(self._abort_on_server(flight))
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Have every server stop where it is, so that its weights may change.
+
+        With "abort", running requests end as by `abort`; with the others they go on after `resume`. What was not sent
+        waits for `resume`.
+        """
+        self._raise_failure()
+        self._is_running.clear()
+        await asyncio.gather(*(self._pause_server(server, mode) for server in list(self._servers.values())))
+
+    async def resume(self, policy_version: int, failed: Collection[str]) -> None:
+        """Go on with all servers that have a version; those that failed to take it in are restarted.
+
+        A server without the version that did not fail (it has come since) waits for its weights.
+
+        Args:
+            policy_version: The version.
+            failed: Names of servers that did not take it in.
+
+        Raises:
+            RunError: No server is left.
+        """
+        self._raise_failure()
+        self._policy_version = policy_version
+        await asyncio.gather(
+            *(
+                self._give_up(server, f"it did not take in policy version {policy_version}")
+                if server.life.name in failed
+                else self._resume_server(server, policy_version)
+                for server in list(self._servers.values())
+            )
+        )
+        self._is_running.set()
+        self._work.set()
+        if not self._servers and not self._pool.num_coming and not self._pool.lives:
+            raise RunError("no server is left that could take in weights; their logs tell why they ended")
+        self._raise_failure()
+
+    # Servers.
+
+    async def _follow_pool(self) -> None:
+        """Keep up with the servers that come and go."""
+        known: list[ServerLife] = []
+        coming = -1
+        while True:
+            await self._pool.wait_for_change(known, coming)
+            known, coming = list(self._pool.lives), self._pool.num_coming
+            names = {life.name for life in known}
+            for server in list(self._servers.values()):
+                if server.life.name not in names:
+                    self._leave(server, f"{server.life.name} at {server.life.url} is gone")
+            for life in known:
+                if life.name not in self._known_lives:
+                    self._known_lives.add(life.name)
+                    self._start(self._admit(life))
+            self._work.set()
+
+    async def _admit(self, life: ServerLife) -> None:
+        """Make the acquaintance of a new server, and watch it as long as it lives."""
+        client = SglangServer(life.url, self._session)
+        for attempt in range(self._config.sglang.max_attempts):
+            try:
+                info = await client.info()
+                break
+            except ServerError as error:
+                problem = str(error)
+                await asyncio.sleep(self._back_off_s(attempt))
+        else:
+            await self._pool.restart(life.name, problem)
+            return
+        if self._routing is not None and not info.returns_routed_experts:
+            raise RunError(
+                f"{life.url} does not tell the experts it chose, which rollout.replay_routing needs; start it with "
+                "--enable-return-routed-experts"
+            )
+        # Whatever version it claims, it was not this run that gave it the weights.
+        server = Server(life=life, client=client, info=info)
+        if life in self._pool.lives:
+            self._servers[life.name] = server
+            await self._watch(server)
+
+    async def _watch(self, server: Server) -> None:
+        """Ask for the server's health now and then, and where a request failed there."""
+        failed = 0
+        while self._servers.get(server.life.name) is server:
+            if failed:
+                await asyncio.sleep(PROBE_AGAIN_S)
+            else:
+                await _wait_for(server.suspected, PROBE_INTERVAL_S)
+            await self._is_running.wait()
+            try:
+                await server.client.check_health(PROBE_TIMEOUT_S)
+            except ServerError as error:
+                # A paused server answers no probe.
+                failed += self._is_running.is_set()
+                if failed >= MAX_FAILED_PROBES:
+                    await self._give_up(server, str(error))
+            else:
+                failed = 0
+                server.suspected.clear()
+                self._work.set()
+
+    async def _pause_server(self, server: Server, mode: PauseMode) -> None:
+        try:
+            await server.client.pause_generation(mode)
+        except ServerError as error:
+            await self._give_up(server, str(error))
+
+    async def _resume_server(self, server: Server, policy_version: int) -> None:
+        """Let a server serve if every worker of it has the version."""
+        try:
+            info = await server.client.info()
+            if set(info.policy_versions) != {policy_version}:
+                self._retire(
+                    server, f"it has policy versions {sorted(set(info.policy_versions))}, not {policy_version}"
+                )
+                return
+            # Tokens of the new version may come as soon as it goes on.
+            server.policy_version = policy_version
+            await server.client.continue_generation()
+        except ServerError as error:
+            await self._give_up(server, str(error))
+
+    async def _give_up(self, server: Server, reason: str) -> None:
+        """Have a server restarted."""
+        if self._servers.get(server.life.name) is server:
+            self._leave(server, f"{server.life.name} at {server.life.url} is restarted: {reason}")
+            await self._pool.restart(server.life.name, reason)
+            self._work.set()
+
+    def _leave(self, server: Server, reason: str) -> None:
+        logger.warning("%s; %d requests move", reason, len(server.flights))
+        del self._servers[server.life.name]
+        self._move_flights(server, reason)
+
+    def _retire(self, server: Server, reason: str) -> None:
+        """Take a server out of service until it has been given weights."""
+        if server.policy_version != FOLDER_VERSION or server.flights:
+            logger.warning("%s serves no more until its weights are synchronised: %s", server.life.url, reason)
+        server.policy_version = FOLDER_VERSION
+        self._move_flights(server, f"{server.life.name}: {reason}")
+
+    def _move_flights(self, server: Server, reason: str) -> None:
+        for flight in list(server.flights):
+            if flight.task is not None and flight.task is not asyncio.current_task():
+                flight.task.cancel()
+                self._land(flight)
+                self._retry(flight, reason)
+
+    # Requests.
+
+    async def _dispatch(self) -> None:
+        """Send what waits, as far as servers and the bound on requests in flight allow."""
+        while True:
+            self._work.clear()
+            while self._may_send():
+                flight = self._waiting[0]
+                if self._flights.get(flight.request.request_id) is not flight:
+                    # It was aborted while it waited.
+                    self._waiting.popleft()
+                elif (server := self._server_for(flight)) is None:
+                    await self._wait_for_server()
+                else:
+                    self._send(self._waiting.popleft(), server)
+            await self._work.wait()
+
+    def _may_send(self) -> bool:
+        below_bound = self._num_running < self._config.max_requests_in_flight
+        return bool(self._waiting) and self._is_running.is_set() and below_bound
+
+    def _server_for(self, flight: Flight) -> Server | None:
+        serving = (
+            server
+            for server in self._servers.values()
+            if server.policy_version == self._policy_version != FOLDER_VERSION
+        )
+        home = self._homes.get(flight.request.prompt_id)
+        return choose_server(serving, home, flight.tried, self._config.group_size)
+
+    async def _wait_for_server(self) -> None:
+        """Return when there may be a server, or nothing to send.
+
+        Raises:
+            RunError: None has come in time.
+        """
+        patience_s = self._config.sglang.start_timeout_s
+        try:
+            async with asyncio.timeout(patience_s):
+                while self._may_send() and self._server_for(self._waiting[0]) is None:
+                    self._work.clear()
+                    await self._work.wait()
+        except TimeoutError as error:
+            states = ", ".join(f"{each.url} has policy version {each.policy_version}" for each in self.servers)
+            raise RunError(
+                f"no server could serve for {patience_s:g} s (rollout.sglang.start_timeout_s), and "
+                f"{len(self._waiting)} requests wait: {states or 'there is none'}; their logs tell more"
+            ) from error
+
+    def _send(self, flight: Flight, server: Server) -> None:
+        check_length(flight.request, server)
+        # Of one length and random, so that no name begins with another: aborts go by how a name begins.
+        flight.rid, flight.server, flight.first_version = uuid.uuid4().hex, server, server.policy_version
+        server.flights.add(flight)
+        self._num_running += 1
+        self._homes[flight.request.prompt_id] = server.life.name
+        flight.task = asyncio.create_task(self._run(flight, server))
+
+    async def _run(self, flight: Flight, server: Server) -> None:
+        """One attempt."""
+        has_slot = False
+
+        async def take_slot() -> None:
+            nonlocal has_slot
+            await self._slots.acquire()
+            has_slot = True
+
+        request, rid = flight.request, flight.rid
+        try:
+            body = request_body(request, rid, server.info.is_deterministic)
+            answer = await server.client.generate(body, self._config.sglang.request_timeout_s, take_slot)
+            result = await self._read(answer, request, rid)
+            self._check_version(result, flight, server)
+            self._land(flight)
+            self._deliver(flight, result, has_slot)
+            server.failures_in_a_row, has_slot = 0, False
+        except (ServerError, ResponseError) as error:
+            self._land(flight)
+            self._retry(flight, f"{server.life.url}: {error}", server)
+            self._blame(server, error)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            if has_slot:
+                self._slots.release()
+
+    async def _read(self, answer: bytes, request: GenerationRequest, rid: str) -> GenerationResult:
+        arguments = answer, request, rid, self._vocabulary_size, self._routing
+        if len(answer) < _LARGE_ANSWER_BYTES:
+            return read_response(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._parsers, read_response, *arguments)
+
+    def _check_version(self, result: GenerationResult, flight: Flight, server: Server) -> None:
+        """Refuse tokens of other weights than the server had between question and answer.
+
+        Raises:
+            ResponseError: Some are.
+        """
+        if not len(result.token_ids):
+            return
+        versions = result.policy_versions if result.policy_versions is not None else np.array([result.policy_version])
+        first, last = flight.first_version, server.policy_version
+        if versions.min() < first or versions.max() > last:
+            told = sorted(set(versions.tolist()))
+            raise ResponseError("version", f"tokens of policy versions {told}, where {first} to {last} are due")
+
+    def _blame(self, server: Server, error: ServerError | ResponseError) -> None:
+        """Draw the conclusion about the server of a failed attempt."""
+        server.failures_in_a_row += 1
+        if self._servers.get(server.life.name) is not server:
+            return
+        if isinstance(error, ServerSilentError) or server.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            self._start(self._give_up(server, str(error)))
+        elif isinstance(error, ServerError):
+            server.suspected.set()
+        elif error.kind == "version":
+            self._retire(server, str(error))
+
+    def _land(self, flight: Flight) -> None:
+        """Take a request off its server."""
+        assert flight.server is not None
+        flight.server.flights.discard(flight)
+        flight.server, flight.task = None, None
+        self._num_running -= 1
+        self._work.set()
+
+    def _retry(self, flight: Flight, problem: str, server: Server | None = None) -> None:
+        """Queue a request again after a while, in front of those that were never sent."""
+        flight.failures.append(problem)
+        if server is not None:
+            flight.tried.add(server.life.name)
+        if flight.is_aborted:
+            self._end_empty(flight)
+        elif len(flight.failures) >= self._config.sglang.max_attempts:
+            told = "; ".join(f"({number}) {failure}" for number, failure in enumerate(flight.failures, 1))
+            self._fail(
+                RunError(
+                    f"request {flight.request.request_id} failed {len(flight.failures)} times "
+                    f"(rollout.sglang.max_attempts): {told}"
+                )
+            )
+        else:
+            self._start(self._queue_later(flight, self._back_off_s(len(flight.failures))))
+
+    async def _queue_later(self, flight: Flight, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        if self._flights.get(flight.request.request_id) is flight:
+            self._waiting.appendleft(flight)
+            self._work.set()
+
+    def _back_off_s(self, failures: int) -> float:
+        return min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**failures) * self._jitter.uniform(0.5, 1.5)
+
+    async def _abort_on_server(self, flight: Flight) -> None:
+        """Have the server end a request, until its answer is there."""
+        while (server := flight.server) is not None:
+            try:
+                await server.client.abort_request(flight.rid)
+            except ServerError:
+                server.suspected.set()
+            if flight.task is not None:
+                await asyncio.wait([flight.task], timeout=ABORT_INTERVAL_S)
+
+    def _end_empty(self, flight: Flight) -> None:
+        """The result of a request that is aborted before it has tokens."""
+        result = GenerationResult(
+            request_id=flight.request.request_id,
+            token_ids=np.empty(0, dtype=np.int32),
+            log_probs=np.empty(0, dtype=np.float32),
+            finish_reason="abort",
+            policy_version=self._policy_version,
+        )
+        self._deliver(flight, result, has_slot=False)
+
+    def _deliver(self, flight: Flight, result: GenerationResult, has_slot: bool) -> None:
+        """Hand over a request's one result."""
+        request = flight.request
+        del self._flights[request.request_id]
+        self._group_sizes[request.prompt_id] -= 1
+        if not self._group_sizes[request.prompt_id]:
+            del self._group_sizes[request.prompt_id]
+            self._homes.pop(request.prompt_id, None)
+        self._results.append((result, has_slot))
+        self._news.set()
+
+    # Its own tasks.
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Let `stream` raise an error, and send nothing more."""
+        self._failure = self._failure or error
+        self._is_running.clear()
+        self._news.set()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
+    """Return when the event is set, or after a while."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        pass
