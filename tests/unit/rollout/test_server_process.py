@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.rollout.server_process import ServerEndedError, ServerProcess
-from tests import stand_in_server
 from tests.process_groups import members, wait_until_empty
+
+STAND_IN = Path(__file__).parents[2] / "stand_in_sglang" / "sglang" / "launch_server.py"
 
 
 def free_port() -> int:
@@ -22,12 +23,12 @@ def free_port() -> int:
         return port
 
 
-def command(port: int, delay_s: float = 0.0) -> list[str]:
-    return [sys.executable, stand_in_server.__file__, str(port), str(delay_s)]
+def command(port: int) -> list[str]:
+    return [sys.executable, str(STAND_IN), "--port", str(port)]
 
 
-async def start(folder: Path, port: int, delay_s: float = 0.0) -> ServerProcess:
-    return await ServerProcess.start(command(port, delay_s), os.environ, folder / "log")
+async def start(folder: Path, port: int, **variables: str) -> ServerProcess:
+    return await ServerProcess.start(command(port), {**os.environ, **variables}, folder / "log")
 
 
 def test_a_server_starts_answers_and_stops(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_one_that_ends_before_it_is_ready_says_why_at_once(tmp_path: Path) -> No
 def test_one_that_is_not_ready_in_time_is_told(tmp_path: Path) -> None:
     async def scenario() -> None:
         port = free_port()
-        server = await start(tmp_path, port, delay_s=1000.0)
+        server = await start(tmp_path, port, STAND_IN_DELAY_S="1000")
         with pytest.raises(ServerEndedError, match=r"was not ready within 0\.5 s"):
             await server.wait_ready(f"http://127.0.0.1:{port}", 0.5)
         await server.stop()
