@@ -159,6 +159,7 @@ class StubSglang:
             {
                 "internal_states": [{"weight_version": self.weight_version}],
                 "tp_size": 1,
+                "base_gpu_id": 0,
                 "max_req_input_len": MAX_REQUEST_INPUT,
                 "enable_deterministic_inference": False,
                 "enable_return_routed_experts": False,

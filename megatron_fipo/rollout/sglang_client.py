@@ -92,6 +92,7 @@ class ServerInfo:
         policy_versions: Version of the weights as its front process and then every data-parallel worker has it;
             `FOLDER_VERSION` where it is no version of a run.
         tensor_parallel_size: Its ranks.
+        first_gpu: Device of its first rank, among those that it sees; the others follow.
         max_sequence_tokens: Longest prompt plus response; a longer one it cuts without a word.
         is_deterministic: Whether it heeds seeds.
         returns_routed_experts: Whether it can tell the experts that tokens were sent to.
@@ -100,6 +101,7 @@ class ServerInfo:
 
     policy_versions: tuple[int, ...]
     tensor_parallel_size: int
+    first_gpu: int
     max_sequence_tokens: int
     is_deterministic: bool
     returns_routed_experts: bool
@@ -163,6 +165,7 @@ class SglangServer:
             return ServerInfo(
                 policy_versions=tuple(policy_version_of(version) for version in (front["weight_version"], *workers)),
                 tensor_parallel_size=int(told["tp_size"]),
+                first_gpu=int(told["base_gpu_id"]),
                 max_sequence_tokens=int(told["max_req_input_len"]) + _TOKENS_BEYOND_LONGEST_PROMPT,
                 is_deterministic=bool(told["enable_deterministic_inference"]),
                 returns_routed_experts=bool(told["enable_return_routed_experts"]),

@@ -77,6 +77,7 @@ def test_info_tells_the_version_of_the_front_and_of_every_worker() -> None:
     told = {
         "internal_states": [{"weight_version": "4"}, {"weight_version": "3"}],
         "tp_size": 2,
+        "base_gpu_id": 4,
         "max_req_input_len": 250,
         "enable_deterministic_inference": False,
         "enable_return_routed_experts": True,
@@ -87,7 +88,7 @@ def test_info_tells_the_version_of_the_front_and_of_every_worker() -> None:
         async with serving(model_info={"weight_version": "4"}, server_info=told) as (server, _):
             info = await server.info()
         assert info.policy_versions == (4, 4, 3)
-        assert (info.tensor_parallel_size, info.max_sequence_tokens) == (2, 254)
+        assert (info.tensor_parallel_size, info.first_gpu, info.max_sequence_tokens) == (2, 4, 254)
         assert info.returns_routed_experts and not info.is_deterministic
 
     run(ask())
