@@ -72,6 +72,15 @@ def _shared_part(cls: Any, wider: Any, raw: Mapping[Any, Any]) -> dict[Any, Any]
     return kept
 
 
+def config_from_values[T](cls: type[T], values: Mapping[str, Any]) -> T:
+    """The configuration that `plain_values` gave, also after a way through JSON.
+
+    Raises:
+        ConfigError: See `load_config`.
+    """
+    return cast(T, _convert(cls, values, ()))
+
+
 def dump_config(config: object) -> str:
     """Write a configuration as YAML that `load_config` reads back as an equal one."""
     return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -1,4 +1,4 @@
-"""Log lines of a run: one format, the rank in front, upstream chatter turned down."""
+"""Log lines of a run: one format, who speaks in front, upstream chatter turned down."""
 
 import logging
 import os
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 _UPSTREAM = ("megatron", "transformers", "torch", "filelock", "asyncio", "nv_one_logger", "root")
 
 
-def setup_logging(rank: int, level: int = logging.INFO) -> None:
-    """Write log lines to stderr: everything from rank 0, warnings from the others.
+def setup_logging(rank: int | None, level: int = logging.INFO) -> None:
+    """Write log lines to stderr: everything from rank 0 and the controller, warnings from the other ranks.
 
     Args:
-        rank: Global rank, shown in every line.
-        level: Lowest level that rank 0 shows of this package's own lines.
+        rank: Global rank, shown in every line; None in the controller process.
+        level: Lowest level that rank 0 and the controller show of this package's own lines.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(line_format(rank))
     own = own_logger()
     own.handlers[:] = [handler]
-    own.setLevel(level if rank == 0 else logging.WARNING)
+    own.setLevel(logging.WARNING if rank else level)
     own.propagate = False
     quiet_upstream()
 
@@ -31,9 +31,10 @@ def own_logger() -> logging.Logger:
     return logging.getLogger("megatron_fipo")
 
 
-def line_format(rank: int) -> logging.Formatter:
-    """How a log line of a rank looks."""
-    return logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S")
+def line_format(rank: int | None) -> logging.Formatter:
+    """How a log line of a rank looks, or of the controller process where there is none."""
+    speaker = "controller" if rank is None else f"rank {rank}"
+    return logging.Formatter(f"%(asctime)s {speaker} %(levelname)s %(message)s", "%H:%M:%S")
 
 
 @contextmanager

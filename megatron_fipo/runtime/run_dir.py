@@ -77,6 +77,16 @@ class RunDirectory:
         return self.path / "rollouts"
 
     @property
+    def journal(self) -> Path:
+        """Folder of the batches that servers generated, written before they are used."""
+        return self.path / "journal"
+
+    @property
+    def weights(self) -> Path:
+        """Folder of weights on their way to servers."""
+        return self.path / "weights"
+
+    @property
     def export(self) -> Path:
         """Folder of the Hugging Face export."""
         return self.path / "export"
