@@ -49,6 +49,8 @@ def export_when_done(run: Run) -> None:
     if not config.export_at_end or run.actor.train_step is None:
         return
     dtype = DTYPES[config.export_dtype]
+    if run.rollout is not None:
+        run.rollout.yield_devices()
     with run.timer.phase("export"):
         writer, partial = _write(run, dtype)
         if config.verify_export:

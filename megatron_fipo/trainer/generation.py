@@ -14,10 +14,13 @@ from megatron_fipo.data.stream import PromptStream
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.rewards.check import check_prompts
 from megatron_fipo.rewards.pool import RewardPool
-from megatron_fipo.rollout.controller import BatchRecipe, Decode, RolloutController
+from megatron_fipo.rollout.batch_recipe import BatchRecipe
+from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters
+from megatron_fipo.rollout.samples import Decode
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.runtime.progress import Progress
+from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.trainer.evaluation.held_out import HeldOutProblems
 from megatron_fipo.trainer.evaluation.problems import select_prompts
@@ -31,6 +34,7 @@ class Generation:
 
     Attributes:
         config: The run.
+        vocab_size: Tokens of the model.
         stream: Training prompts.
         held_out: Held-out problems.
         sampling: How tokens are drawn in training.
@@ -39,6 +43,7 @@ class Generation:
     """
 
     config: RunConfig
+    vocab_size: int
     stream: PromptStream
     held_out: HeldOutProblems
     sampling: SamplingParameters
@@ -47,7 +52,8 @@ class Generation:
 
     def controller(self, engine: RolloutEngine, progress: Progress) -> RolloutController:
         """The controller over an engine; there is one, since the prompts are drawn once."""
-        config = self.config
+        config, directory = self.config, RunDirectory(self.config.output_dir)
+        is_served = config.rollout.engine == "sglang"
         return RolloutController(
             engine=engine,
             scoring=Scoring(self.pool, config.reward.on_error),
@@ -56,7 +62,12 @@ class Generation:
             sampling=self.sampling,
             seed=config.seed,
             recipe=BatchRecipe(
-                stream=self.stream, algorithm=config.algorithm, num_records=config.metrics.samples_per_step
+                stream=self.stream,
+                algorithm=config.algorithm,
+                num_records=config.metrics.samples_per_step,
+                # The embedded engine gives the same batch again.
+                journal=directory.journal if is_served else None,
+                routing=directory.rollouts if config.rollout.replay_routing else None,
             ),
             progress=progress,
         )
@@ -86,6 +97,7 @@ def prepare_generation(config: RunConfig, vocab_size: int, positions: int, resou
     sampling = training_sampling(config.rollout, config.model.path, tokenizer)
     return Generation(
         config=config,
+        vocab_size=vocab_size,
         stream=stream,
         held_out=HeldOutProblems(prompts=held_out, config=config.evaluation, seed=config.seed),
         sampling=sampling,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_fipo.rollout.controller import Decode, Rollout, RolloutController
+from megatron_fipo.rollout.controller import Rollout, RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
+from megatron_fipo.rollout.samples import Decode
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.trainer.agreement import on_every_rank
 from megatron_fipo.trainer.evaluation.held_out import HeldOutProblems
@@ -64,6 +65,14 @@ class RolloutSide(Protocol):
         """
         ...
 
+    def yield_devices(self) -> None:
+        """Let the trainer have the devices it shares; nothing generates before the next sync.
+
+        Raises:
+            RunError: Their memory does not become free; raised on every rank.
+        """
+        ...
+
 
 @dataclass(slots=True, kw_only=True)
 class EmbeddedRollouts:
@@ -103,6 +112,9 @@ class EmbeddedRollouts:
     def evaluate(self, folder: Path | None) -> dict[str, float]:
         """Try the held-out problems."""
         return self.generate(lambda controller: self._try_held_out(controller, folder)) or {}
+
+    def yield_devices(self) -> None:
+        """Nothing: the engine lies beside the actor all the time."""
 
     def generate[T](self, drive: Callable[[RolloutController], Coroutine[Any, Any, T]]) -> T | None:
         """Let rank 0 drive the engine while all ranks decode.
