@@ -60,9 +60,11 @@ class HostMemory:
 
         Returns:
             Bytes allocated on the device.
+
+        Raises:
+            RunError: The device has not so much; everything stays on the host.
         """
-        for storage, size in self._away:
-            storage.resize_(size)
+        refill(self._away)
         for device, host in self._pieces(self._away):
             device.copy_(host, non_blocking=True)
         given, self._away = self._away, []
@@ -107,6 +109,28 @@ def empty(storages: Sequence[UntypedStorage]) -> int:
     if uses_cuda():
         torch.cuda.empty_cache()
     return num_bytes
+
+
+def refill(storages: Sequence[tuple[UntypedStorage, int]]) -> None:
+    """Give emptied storages their memory back, uninitialised.
+
+    Args:
+        storages: With the bytes that each had.
+
+    Raises:
+        RunError: The device has not so much; all of them stay empty.
+    """
+    try:
+        for storage, size in storages:
+            storage.resize_(size)
+    except torch.OutOfMemoryError as error:
+        for storage, _ in storages:
+            storage.resize_(0)
+        needed = sum(size for _, size in storages) / 1024**3
+        raise RunError(
+            f"the trainer needs {needed:.2f} GiB of GPU memory back, which servers on the same GPU were to release, "
+            f"and cannot have them: {error}"
+        ) from error
 
 
 def require_resident(tensors: Iterable[Tensor], what: str) -> None:

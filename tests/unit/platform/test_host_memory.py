@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_fipo.platform.host_memory import HostMemory, empty, require_resident, storages_of
+from megatron_fipo.platform.host_memory import HostMemory, empty, refill, require_resident, storages_of
 from megatron_fipo.runtime.errors import RunError
 
 CHUNK = 64
@@ -78,3 +78,24 @@ def test_an_empty_storage_is_no_tensor_to_use():
     with pytest.raises(RunError, match=r"the tensors are not on the device: .*ActorMemory\.restore"):
         require_resident(tensors.values(), "the tensors")
     require_resident([tensors["whole"], tensors["nothing"]], "the tensors")
+
+
+class FullDevice:
+    """A storage on a device without memory for it."""
+
+    size = 0
+
+    def resize_(self, size: int) -> None:
+        if size:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.size = size
+
+
+def test_what_finds_no_memory_stays_empty():
+    storage = torch.randn(256).untyped_storage()
+    storage.resize_(0)
+    with pytest.raises(RunError, match=r"needs 1\.00 GiB of GPU memory back, .*CUDA out of memory"):
+        refill([(storage, 1024), (FullDevice(), 2**30 - 1024)])
+    assert storage.nbytes() == 0
+    refill([(storage, 1024)])
+    assert storage.nbytes() == 1024
