@@ -23,6 +23,7 @@ from megatron_fipo.actor.routing import RoutingReplay
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.device import uses_transformer_engine
+from megatron_fipo.platform.host_memory import require_resident
 
 # "log_probs" [t] float64 with gradient and "entropy" [t] float64; zero where no response token is predicted.
 # A dictionary, because megatron-core asks a model's output for its device and knows tensors and dictionaries alone.
@@ -80,7 +81,11 @@ class ActorForward:
 
         Returns:
             On the last pipeline stage one entry per micro-batch; elsewhere nothing.
+
+        Raises:
+            RunError: The weights are off the device.
         """
+        require_resident((each for chunk in self.chunks for each in chunk.parameters()), "the actor's weights")
         iterators = [iter(micro_batches) for _ in self.chunks]
 
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Any, LossFunction]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
@@ -11,8 +12,10 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_fipo.config.optimizer import OptimizerConfig
+from megatron_fipo.platform.host_memory import require_resident
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,8 +80,28 @@ class ActorOptimizer:
         """Rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @property
+    def parts(self) -> list[Any]:
+        """megatron-core's optimizers, those for experts apart."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        """The weights that Adam steps, which may be the model's own, and its moments."""
+        for part in self.parts:
+            # A rank without any such weights has a part without an optimizer.
+            if part.optimizer is not None:
+                for group in part.optimizer.param_groups:
+                    yield from group["params"]
+                for state in part.optimizer.state.values():
+                    yield from (each for each in state.values() if isinstance(each, Tensor))
+
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Forget all gradients.
+
+        Raises:
+            RunError: The gradients are off the device.
+        """
+        require_resident(gradient_buffers(self.chunks), "the actor's gradients")
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -88,15 +111,25 @@ class ActorOptimizer:
         """Clip the reduced gradient and update the weights; a gradient that is not finite changes nothing.
 
         The schedule advances only with an applied step.
+
+        Raises:
+            RunError: The optimizer's state is off the device.
         """
+        require_resident(self.state_tensors(), "the optimizer's states")
         found_infinite = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if found_infinite or not math.isfinite(grad_norm):
             return StepOutcome(applied=False, grad_norm=grad_norm)
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for part in self.parts:
             parameters = part.get_parameters()
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, self.config.max_grad_norm, grad_norm)
         self.optimizer.step_with_ready_grads()
         self.schedule.step(increment=1)
         return StepOutcome(applied=True, grad_norm=grad_norm)
+
+
+def gradient_buffers(chunks: Sequence[Any]) -> list[Tensor]:
+    """Buffers that hold the gradients of all chunks, those of experts included."""
+    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    return [tensor for buffer in buffers for tensor in (buffer.grad_data, *buffer.extra_main_grads)]

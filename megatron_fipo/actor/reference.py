@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_fipo.actor.model import unwrap
 from megatron_fipo.platform.device import uses_cuda
+from megatron_fipo.platform.host_memory import require_resident
 
 
 class ReferencePolicy:
@@ -37,7 +38,11 @@ class ReferencePolicy:
 
         Forward passes alone may run inside: what a backward pass or an optimizer did there would be done to the
         reference. On CUDA the copies are queued on the current stream, and the host waits for none of them.
+
+        Raises:
+            RunError: The model's weights are off the device.
         """
+        require_resident((tensor for tensor, _ in self._pairs), "the actor's weights")
         exchanged: list[tuple[Tensor, Tensor]] = []
         try:
             for pair in self._pairs:
