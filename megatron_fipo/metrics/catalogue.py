@@ -502,6 +502,11 @@ _PERFORMANCE = Section(
             unit="GiB",
             reduction="max",
         ),
+        Metric(
+            name="perf/offload_gib",
+            description="Memory of rank 0's device that the trainer gave to colocated servers, gradients included.",
+            unit="GiB",
+        ),
     ),
 )
 
