@@ -77,6 +77,11 @@ class RunDirectory:
         return self.path / "rollouts"
 
     @property
+    def servers(self) -> Path:
+        """Folder of the servers' logs, and of the address that agents on rollout nodes look for."""
+        return self.path / "servers"
+
+    @property
     def journal(self) -> Path:
         """Folder of the batches that servers generated, written before they are used."""
         return self.path / "journal"
