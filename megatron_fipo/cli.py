@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,11 @@ def _check(words: Sequence[str]) -> int:
     if ranks := os.environ.get("WORLD_SIZE"):
         config.parallelism.check_world_size(int(ranks))
     RunDirectory.check(config.output_dir)
+    # Needs what the ranks have; a login node may lack it.
+    if find_spec("torch") is not None and find_spec("safetensors") is not None:
+        from megatron_fipo.rollout.server_arguments import check_server_arguments
+
+        check_server_arguments(config.rollout.sglang.server_arguments)
     return 0
 
 

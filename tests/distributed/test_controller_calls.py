@@ -1,5 +1,9 @@
 """Ranks that wait together for a controller process, here one that generates nothing."""
 
+import os
+import select
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -118,6 +122,20 @@ def test_a_controller_that_is_killed_ends_the_run_on_every_rank(seen: list[dict[
             kind, text = each[moment]
             assert kind == "ControllerEndedError"
             assert text.endswith("was killed by signal 9; its messages, if any, are above")
+
+
+def test_the_controller_ends_when_rank_0_is_killed() -> None:
+    program = (
+        "from megatron_fipo.trainer.controller_link import ControllerLink\n"
+        f"print(ControllerLink({STAND_IN!r}).process.pid, flush=True)\n"
+        "input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as rank_0:
+        assert rank_0.stdout is not None
+        controller = os.pidfd_open(int(rank_0.stdout.readline()))
+        rank_0.kill()
+    assert select.select([controller], [], [], 120.0)[0] == [controller]
+    os.close(controller)
 
 
 def test_the_controller_ends_when_its_line_is_closed() -> None:
