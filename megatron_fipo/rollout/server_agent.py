@@ -1,0 +1,263 @@
+"""The agent of a rollout node: it owns the node's servers, says how they are, and does what the controller orders.
+
+`python -m megatron_fipo.rollout.server_agent FOLDER` is how the controller starts one on its own node; it reads where
+the controller is from its input, and ends with that. `megatron-fipo serve` is one that finds the controller in a run
+directory. Either ends its servers when it ends, and ends when the controller is gone.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from megatron_fipo.rollout.server_command import (
+    ServerPlace,
+    ServerSettings,
+    has_cuda,
+    server_command,
+    server_environment,
+)
+from megatron_fipo.rollout.server_process import ServerEndedError, ServerProcess
+from megatron_fipo.rollout.server_registry import Order, Report
+from megatron_fipo.runtime.errors import RunError
+
+log = logging.getLogger(__name__)
+
+CONTROLLER_FILE = "controller.json"
+BEAT_S = 1.0
+"""Time between two reports; a change is reported at once."""
+CONTROLLER_LOST_S = 10.0
+"""How long nobody may listen at the controller's address."""
+CONTROLLER_SILENT_S = 60.0
+"""How long the controller may take for an answer; it may be busy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerAddress:
+    """Where the controller listens.
+
+    Attributes:
+        url: Its address.
+        token: What it wants to be shown.
+    """
+
+    url: str
+    token: str
+
+
+class ServerAgent:
+    """An agent.
+
+    Args:
+        controller: Where the controller listens.
+        folder: Where the servers' logs go.
+    """
+
+    def __init__(self, controller: ControllerAddress, folder: Path) -> None:
+        self._controller, self._folder = controller, folder
+        self._host = _address_towards(controller.url)
+        self._cuda = has_cuda()
+        self._reports: dict[str, Report] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._answered_at = asyncio.get_running_loop().time()
+
+    async def run(self) -> None:
+        """Register, and run what is ordered until the controller says that the run has ended.
+
+        Raises:
+            RunError: The controller is gone, or does not want this agent.
+        """
+        headers = {"Authorization": f"Bearer {self._controller.token}"}
+        timeout = aiohttp.ClientTimeout(total=CONTROLLER_SILENT_S, sock_connect=CONTROLLER_LOST_S)
+        async with aiohttp.ClientSession(self._controller.url, headers=headers, timeout=timeout) as session:
+            welcome = await self._ask(session, "/agents", {"host": self._host, "free_port": _free_port(self._host)})
+            self._settings = ServerSettings(**welcome["settings"])
+            self._key_file = self._folder / f"key_{welcome['key']}.yaml"
+            with open(os.open(self._key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                json.dump({"api-key": welcome["api_key"]}, file)
+            try:
+                await self._obey(session, f"/agents/{welcome['key']}")
+            finally:
+                self._follow(())
+                await asyncio.gather(*self._ending, return_exceptions=True)
+                self._key_file.unlink()
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                    await session.delete(f"/agents/{welcome['key']}")
+
+    async def _obey(self, session: aiohttp.ClientSession, path: str) -> None:
+        while True:
+            self._changed.clear()
+            reports = [asdict(report) for report in self._reports.values()]
+            reply = await self._ask(session, path, {"free_port": _free_port(self._host), "reports": reports})
+            if reply["end"]:
+                return
+            self._follow([Order(**order) for order in reply["orders"]])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    await self._changed.wait()
+
+    async def _ask(self, session: aiohttp.ClientSession, path: str, message: dict[str, Any]) -> Any:
+        """Give a message to the controller; returns its answer."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with session.post(path, json=message) as reply:
+                    if reply.status != 200:
+                        raise RunError(f"the controller turned this agent away ({reply.status}): {await reply.text()}")
+                    self._answered_at = loop.time()
+                    return await reply.json()
+            except TimeoutError:
+                raise RunError(f"the controller did not answer for {CONTROLLER_SILENT_S:g} s") from None
+            except aiohttp.ClientError as error:
+                if loop.time() - self._answered_at > CONTROLLER_LOST_S:
+                    raise RunError(f"the controller is gone: {error}") from error
+                await asyncio.sleep(BEAT_S / 2)
+
+    def _follow(self, orders: Sequence[Order]) -> None:
+        """Run what is ordered and nothing else."""
+        names = {order.name for order in orders}
+        self._reports = {name: report for name, report in self._reports.items() if name in names}
+        for name in self._running.keys() - names:
+            task = self._running.pop(name)
+            task.cancel()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+        for order in orders:
+            if order.name not in self._running:
+                self._reports[order.name] = Report(name=order.name)
+                self._running[order.name] = asyncio.create_task(self._live(order, tuple(self._ending)))
+
+    async def _live(self, order: Order, before: Sequence[asyncio.Task[None]]) -> None:
+        """One life of a server's part on this node, once those that it may replace are gone."""
+        if before:
+            await asyncio.wait(before)
+        place = ServerPlace(
+            host=self._host,
+            port=_free_port(self._host),
+            index=order.index,
+            node_rank=order.node_rank,
+            init_address=order.init_address,
+        )
+        part = f".node{order.node_rank}" if self._settings.nodes_per_server > 1 else ""
+        command = server_command(self._settings, place, self._key_file, self._cuda)
+        environment = server_environment(self._settings, os.environ, self._cuda)
+        try:
+            server = await ServerProcess.start(command, environment, self._folder / f"{order.name}{part}.log")
+        except ServerEndedError as error:
+            self._report(order.name, ended=str(error))
+            return
+        log.info("%s%s runs as process group %d, log %s", order.name, part, server.group, server.log)
+        try:
+            if order.node_rank == 0:
+                await server.wait_ready(place.url, self._settings.start_timeout_s)
+                self._report(order.name, url=place.url)
+            self._report(order.name, ended=await server.wait())
+        except ServerEndedError as error:
+            self._report(order.name, ended=str(error))
+        finally:
+            await server.stop()
+
+    def _report(self, name: str, **news: str) -> None:
+        if name in self._reports:
+            self._reports[name] = replace(self._reports[name], **news)
+            self._changed.set()
+
+
+async def serve(folder: Path, patience_s: float) -> None:
+    """Run an agent for the run whose controller leaves its address in `folder`.
+
+    Args:
+        folder: `RunDirectory.servers`.
+        patience_s: How long to wait for a controller.
+
+    Raises:
+        RunError: There is none, or it is gone.
+    """
+    try:
+        async with asyncio.timeout(patience_s):
+            while (controller := read_controller_file(folder)) is None or not await _listens(controller):
+                await asyncio.sleep(BEAT_S)
+    except TimeoutError:
+        raise RunError(f"no controller left its address in {folder} for {patience_s:g} s") from None
+    await _run_until_signal(ServerAgent(controller, folder))
+
+
+def read_controller_file(folder: Path) -> ControllerAddress | None:
+    """What a controller left in a folder for agents of other nodes; None where there is nothing."""
+    try:
+        return ControllerAddress(**json.loads((folder / CONTROLLER_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+async def _listens(controller: ControllerAddress) -> bool:
+    """Whether somebody listens there: the file may be an earlier attempt's."""
+    parts = urlsplit(controller.url)
+    try:
+        _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def _run_until_signal(agent: ServerAgent) -> None:
+    task = asyncio.ensure_future(agent.run())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def _run_on_leash(folder: Path) -> None:
+    """Run an agent until its input ends, which first says where the controller is."""
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    agent = ServerAgent(ControllerAddress(**json.loads(await reader.readline())), folder)
+    running = asyncio.ensure_future(_run_until_signal(agent))
+    leash = asyncio.ensure_future(reader.read())
+    await asyncio.wait([running, leash], return_when=asyncio.FIRST_COMPLETED)
+    leash.cancel()
+    if not running.done():
+        os.kill(os.getpid(), signal.SIGTERM)
+    await running
+
+
+def _address_towards(url: str) -> str:
+    """This node's address on the way to another one."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Sends nothing.
+        probe.connect((parts.hostname, parts.port))
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    from megatron_fipo.runtime.logging import setup_logging
+
+    setup_logging(0)
+    try:
+        asyncio.run(_run_on_leash(Path(sys.argv[1])))
+    except RunError as problem:
+        sys.exit(f"the agent ends: {problem}")

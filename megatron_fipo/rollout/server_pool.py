@@ -1,0 +1,198 @@
+"""The servers that a configuration asks for: attached to, or started through agents."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.model import ModelConfig
+from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.config.sglang import SglangConfig
+from megatron_fipo.rollout.server_agent import CONTROLLER_FILE
+from megatron_fipo.rollout.server_arguments import server_settings
+from megatron_fipo.rollout.server_command import ServerSettings
+from megatron_fipo.rollout.server_listener import ServerListener, job_address, write_controller_file
+from megatron_fipo.rollout.server_registry import ServerLife, ServerPool, ServerRegistry
+from megatron_fipo.runtime.child_process import child_environment
+from megatron_fipo.runtime.errors import RunError
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+ATTACH_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 60.0
+_AGENT_PAUSE_S = 1.0
+
+
+@asynccontextmanager
+async def open_pool(model: ModelConfig, rollout: RolloutConfig, folder: Path) -> AsyncIterator[ServerPool]:
+    """Attach to servers, or have them started, and end those at last; they need not be ready yet inside the block.
+
+    Args:
+        model: The model.
+        rollout: Generation.
+        folder: Where the controller's address and the servers' logs go: `RunDirectory.servers`.
+
+    Raises:
+        ConfigError: The key file cannot be read.
+        RunError: A server that runs already does not answer.
+    """
+    if rollout.sglang.urls:
+        yield await AttachedServers.open(rollout.sglang)
+        return
+    settings = server_settings(model, rollout)
+    async with _started(settings, rollout.sglang, folder) as registry:
+        yield registry
+
+
+class AttachedServers:
+    """Servers that run already; one that fails is left out from then on.
+
+    Args:
+        lives: The servers.
+        api_key: What they ask for.
+    """
+
+    num_coming = 0
+
+    def __init__(self, lives: Sequence[ServerLife], api_key: str | None) -> None:
+        self.lives = tuple(lives)
+        self.api_key = api_key
+        self._lost: list[str] = []
+        self._changed = asyncio.Event()
+
+    @classmethod
+    async def open(cls, config: SglangConfig) -> "AttachedServers":
+        """Ask each server for its size.
+
+        Raises:
+            ConfigError: The key file cannot be read.
+            RunError: One does not answer.
+        """
+        key = _read_key(config.api_key_file)
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        timeout = aiohttp.ClientTimeout(total=ATTACH_TIMEOUT_S)
+        async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+            sizes = await asyncio.gather(*(_tensor_parallel_size(session, url) for url in config.urls))
+        lives = [
+            ServerLife(name=url, url=url.rstrip("/"), tensor_parallel_size=size, may_restart=False)
+            for url, size in zip(config.urls, sizes, strict=True)
+        ]
+        return cls(lives, key)
+
+    async def wait_for_change(self, known: Sequence[ServerLife], known_coming: int) -> None:
+        """See `ServerPool`."""
+        while self.lives and self.lives == tuple(known) and known_coming == 0:
+            await self._changed.wait()
+        if not self.lives:
+            raise RunError("no SGLang server is left; " + "; ".join(self._lost))
+
+    async def restart(self, name: str, reason: str) -> None:
+        """See `ServerPool`."""
+        if all(life.name != name for life in self.lives):
+            return
+        log.warning("%s: %s; the run goes on without this server, which it did not start", name, reason)
+        self.lives = tuple(life for life in self.lives if life.name != name)
+        self._lost.append(f"{name}: {reason}")
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _read_key(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            field="rollout.sglang.api_key_file",
+            value=path,
+            rule=f"must be a file with the servers' key ({error})",
+            way_out="write the key into it, or set it to null where the servers ask for none",
+        ) from error
+
+
+async def _tensor_parallel_size(session: aiohttp.ClientSession, url: str) -> int:
+    try:
+        async with session.get(f"{url.rstrip('/')}/server_info") as reply:
+            reply.raise_for_status()
+            return int((await reply.json())["tp_size"])
+    except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"rollout.sglang.urls: {url} does not answer as an SGLang server does: {error!r}") from error
+
+
+@asynccontextmanager
+async def _started(settings: ServerSettings, config: SglangConfig, folder: Path) -> AsyncIterator[ServerRegistry]:
+    """Have servers started through agents: those of other nodes, or one beside this process."""
+    registry = ServerRegistry(
+        settings,
+        num_agents=max(config.num_agents, 1),
+        max_restarts=config.max_restarts,
+        api_key=secrets.token_urlsafe(32),
+        agents_return=config.num_agents == 0,
+    )
+    token = secrets.token_urlsafe(32)
+    listener = ServerListener(registry, token)
+    url = await listener.open(job_address(os.environ) if config.num_agents else LOOPBACK)
+    folder.mkdir(parents=True, exist_ok=True)
+    controller_file = folder / CONTROLLER_FILE
+    tasks = [asyncio.create_task(listener.watch_agents())]
+    if config.num_agents:
+        write_controller_file(controller_file, url, token)
+        asyncio.get_running_loop().call_later(
+            config.start_timeout_s, registry.stop_hoping, f"no agent came within {config.start_timeout_s:g} s"
+        )
+    else:
+        tasks.append(asyncio.create_task(_keep_agent(registry, json.dumps({"url": url, "token": token}), folder)))
+    try:
+        yield registry
+    finally:
+        registry.closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await registry.wait_for_departures()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        controller_file.unlink(missing_ok=True)
+        await listener.close()
+
+
+async def _keep_agent(registry: ServerRegistry, controller: str, folder: Path) -> None:
+    """Have an agent beside this process, and another one where it ends."""
+    status = 0
+    for _ in range(registry.max_restarts + 1):
+        status = await _run_agent(controller, folder)
+        if registry.closing:
+            return
+        for agent in registry.agents:
+            registry.lose(agent, f"the agent ended with status {status}")
+        await asyncio.sleep(_AGENT_PAUSE_S)
+    registry.stop_hoping(f"the agent ended with status {status}, also after {registry.max_restarts} restarts")
+
+
+async def _run_agent(controller: str, folder: Path) -> int:
+    """Run an agent until it ends; it ends its servers and itself when this process or this call ends."""
+    agent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "megatron_fipo.rollout.server_agent", str(folder)),
+        stdin=asyncio.subprocess.PIPE,
+        # What a terminal or Slurm sends to all processes comes to this one, which ends the agent in order.
+        start_new_session=True,
+        env=child_environment(),
+    )
+    assert agent.stdin is not None
+    try:
+        agent.stdin.write(controller.encode() + b"\n")
+        return await agent.wait()
+    finally:
+        agent.stdin.close()
+        await agent.wait()

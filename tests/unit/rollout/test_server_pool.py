@@ -1,0 +1,293 @@
+"""Servers through agents, where a small HTTP server stands for SGLang: who is there, restarts, and what ends when."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.model import ModelConfig
+from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.config.sglang import SglangConfig
+from megatron_fipo.rollout import server_listener, server_registry
+from megatron_fipo.rollout.server_agent import ServerAgent, read_controller_file
+from megatron_fipo.rollout.server_pool import open_pool
+from megatron_fipo.rollout.server_registry import ServerPool
+from megatron_fipo.runtime.errors import RunError
+from tests.process_groups import wait_until_empty
+
+STAND_IN = Path(__file__).parents[2] / "stand_in_sglang"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(server_registry, "FIRST_BACK_OFF_S", 0.05)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ModelConfig:
+    (tmp_path / "config.json").write_text("{}")
+    return ModelConfig(path=tmp_path)
+
+
+def rollout(**sglang: Any) -> RolloutConfig:
+    return RolloutConfig(engine="sglang", sglang=SglangConfig(**sglang))
+
+
+async def until(pool: ServerPool, holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(300.0):
+        while not holds():
+            await pool.wait_for_change(pool.lives, pool.num_coming)
+
+
+def group_of(folder: Path, name: str) -> int:
+    """Process group of a life: that of the process that has its log open."""
+    for process in psutil.process_iter():
+        try:
+            if any(file.path == str(folder / f"{name}.log") for file in process.open_files()):
+                return os.getpgid(process.pid)
+        except (psutil.Error, ProcessLookupError):
+            continue
+    raise AssertionError(f"{name} does not run")
+
+
+async def status_of(url: str, key: str | None) -> int:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    async with aiohttp.ClientSession(headers=headers) as session, session.get(f"{url}/server_info") as reply:
+        return reply.status
+
+
+def test_servers_start_restart_and_end(model: ModelConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "servers"
+
+    async def scenario() -> list[int]:
+        async with open_pool(model, rollout(servers_per_node=2, max_restarts=2), folder) as pool:
+            assert (pool.lives, pool.num_coming) == ((), 2)
+            await until(pool, lambda: len(pool.lives) == 2)
+            assert [life.name for life in pool.lives] == ["server0.life1", "server1.life1"]
+            assert pool.num_coming == 0
+            first, second = pool.lives
+            # A key of the run's own, which no command line shows.
+            assert [await status_of(first.url, key) for key in (pool.api_key, None)] == [200, 401]
+            groups = [group_of(folder, life.name) for life in pool.lives]
+            assert not any(pool.api_key in " ".join(process.cmdline()) for process in processes_of_this_user())
+
+            # One that is asked to be restarted, which leaves at once, and one that dies by itself.
+            await pool.restart(first.name, "it does not answer")
+            assert [life.name for life in pool.lives] == ["server1.life1"]
+            assert pool.num_coming == 1
+            os.kill(groups[1], signal.SIGKILL)
+            await until(pool, lambda: [life.name for life in pool.lives] == ["server0.life2", "server1.life2"])
+            await pool.restart(first.name, "a life that is gone already is left alone")
+            assert len(pool.lives) == 2
+            return groups + [group_of(folder, life.name) for life in pool.lives]
+
+    for group in asyncio.run(scenario()):
+        wait_until_empty(group)
+
+
+def processes_of_this_user() -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if process.uids().real == os.getuid()]
+
+
+def test_a_server_that_cannot_start_ends_the_run_with_its_log(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_FAILS", "1")
+
+    async def scenario() -> None:
+        async with open_pool(model, rollout(max_restarts=1), tmp_path / "servers") as pool:
+            with pytest.raises(RunError, match=r"(?s)no SGLang server is left; server 0: .* status 1; .*no memory"):
+                await until(pool, lambda: False)
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_agent_takes_its_servers_along_and_is_replaced(model: ModelConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "servers"
+
+    async def scenario() -> int:
+        async with open_pool(model, rollout(), folder) as pool:
+            await until(pool, lambda: len(pool.lives) == 1)
+            group = group_of(folder, "server0.life1")
+            (agent,) = [child for child in psutil.Process().children() if "server_agent" in " ".join(child.cmdline())]
+            agent.kill()
+            await until(pool, lambda: not pool.lives)
+            await until(pool, lambda: [life.name for life in pool.lives] == ["server0.life2"])
+            return group
+
+    wait_until_empty(asyncio.run(scenario()))
+
+
+PROGRAM = """
+import asyncio
+from pathlib import Path
+from megatron_fipo.config.model import ModelConfig
+from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.rollout.server_pool import open_pool
+
+async def own():
+    folder = Path({folder!r})
+    async with open_pool(ModelConfig(path=folder), RolloutConfig(engine="sglang"), folder / "servers") as pool:
+        while not pool.lives:
+            await pool.wait_for_change(pool.lives, pool.num_coming)
+        print("ready", flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(own())
+"""
+
+
+def test_nothing_is_left_when_the_controller_is_killed(model: ModelConfig, tmp_path: Path) -> None:
+    async def scenario() -> list[int]:
+        controller = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", PROGRAM.format(folder=str(tmp_path))), stdout=asyncio.subprocess.PIPE
+        )
+        assert controller.stdout is not None
+        assert await controller.stdout.readline() == b"ready\n"
+        (agent,) = psutil.Process(controller.pid).children()
+        groups = [os.getpgid(agent.pid), group_of(tmp_path / "servers", "server0.life1")]
+        controller.kill()
+        await controller.wait()
+        return groups
+
+    for group in asyncio.run(scenario()):
+        wait_until_empty(group)
+
+
+def test_agents_of_other_nodes_come_and_go(model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes with half a server each: their parts begin and end together."""
+    monkeypatch.setenv("SLURMD_NODENAME", "localhost")
+    folder = tmp_path / "servers"
+    spread = rollout(num_agents=2, nodes_per_server=2, tensor_parallel_size=2, start_timeout_s=60.0)
+
+    async def scenario() -> None:
+        async with open_pool(model, spread, folder) as pool:
+            address = read_controller_file(folder)
+            assert address is not None
+            assert (folder / "controller.json").stat().st_mode & 0o777 == 0o600
+            assert await status_of_registration(address.url, "wrong") == 401
+            agents = [asyncio.create_task(ServerAgent(address, folder).run()) for _ in range(2)]
+            await until(pool, lambda: len(pool.lives) == 1)
+            assert pool.lives[0].tensor_parallel_size == 2
+            # A third one is not needed.
+            with pytest.raises(RunError, match="turned this agent away \\(409\\): the run has all the agents"):
+                await ServerAgent(address, folder).run()
+            # The part that answers nobody dies, and both begin anew.
+            os.kill(group_of(folder, "server0.life1.node1"), signal.SIGKILL)
+            await until(pool, lambda: [life.name for life in pool.lives] == ["server0.life2"])
+            logs = [(folder / f"server0.life2.node{rank}.log").read_text() for rank in range(2)]
+            assert logs == ["the stand-in starts\n"] * 2
+            agents[1].cancel()
+            with pytest.raises(RunError, match="server 0: the agent of rollout node 1 has ended"):
+                await until(pool, lambda: False)
+            # Another one may take its place.
+            agents[1] = asyncio.create_task(ServerAgent(address, folder).run())
+            await until(pool, lambda: len(pool.lives) == 1)
+        async with asyncio.timeout(30.0):
+            await asyncio.gather(*agents)
+        assert not (folder / "controller.json").exists()
+
+    asyncio.run(scenario())
+
+
+async def status_of_registration(url: str, token: str) -> int:
+    headers = {"Authorization": f"Bearer {token}"}
+    async with aiohttp.ClientSession(headers=headers) as session, session.post(f"{url}/agents", json={}) as reply:
+        return reply.status
+
+
+def test_an_agent_that_falls_silent_is_lost(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "localhost")
+    monkeypatch.setattr(server_listener, "AGENT_LOST_S", 3.0)
+    folder = tmp_path / "servers"
+
+    async def scenario() -> int:
+        async with open_pool(model, rollout(num_agents=1), folder) as pool:
+            program = "import asyncio; from pathlib import Path; from megatron_fipo.rollout.server_agent import serve; "
+            agent = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", f"{program}asyncio.run(serve(Path({str(folder)!r}), 60.0))"),
+                stderr=asyncio.subprocess.PIPE,
+            )
+            await until(pool, lambda: len(pool.lives) == 1)
+            group = group_of(folder, "server0.life1")
+            agent.send_signal(signal.SIGSTOP)
+            with pytest.raises(RunError, match="the agent of rollout node 0 was not heard of for 3 s"):
+                await until(pool, lambda: False)
+            # It learns that nobody counts on it any more.
+            agent.send_signal(signal.SIGCONT)
+            _, said = await agent.communicate()
+            assert "the controller turned this agent away (410)" in said.decode()
+            return group
+
+    wait_until_empty(asyncio.run(scenario()))
+
+
+def test_attached_servers_are_used_as_they_are(tmp_path: Path, model: ModelConfig) -> None:
+    (tmp_path / "key").write_text("secret\n")
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        (tmp_path / "key.yaml").write_text('{"api-key": "secret"}')
+        server = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "sglang.launch_server", "--port", str(port), "--tp-size", "4"),
+            *("--config", str(tmp_path / "key.yaml")),
+            start_new_session=True,
+        )
+        url = f"http://127.0.0.1:{port}"
+        attached = rollout(urls=(url,), api_key_file=str(tmp_path / "key"))
+        try:
+            await wait_until_it_listens(port)
+            with pytest.raises(RunError, match=f"{url} does not answer as an SGLang server does.*401"):
+                async with open_pool(model, rollout(urls=(url,)), tmp_path):
+                    pass
+            async with open_pool(model, attached, tmp_path) as pool:
+                assert pool.api_key == "secret"
+                (life,) = pool.lives
+                assert (life.url, life.tensor_parallel_size, life.may_restart) == (url, 4, False)
+                await pool.restart(life.name, "it repeats itself")
+                with pytest.raises(RunError, match=f"no SGLang server is left; {url}: it repeats itself"):
+                    await until(pool, lambda: False)
+            assert server.returncode is None
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            await server.wait()
+
+    asyncio.run(scenario())
+
+
+async def wait_until_it_listens(port: int) -> None:
+    async with asyncio.timeout(300.0):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.05)
+                continue
+            writer.close()
+            return
+
+
+def test_a_key_file_that_is_not_there_is_refused(model: ModelConfig, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        attached = rollout(urls=("http://127.0.0.1:1",), api_key_file=str(tmp_path / "none"))
+        async with open_pool(model, attached, tmp_path):
+            pass
+
+    with pytest.raises(
+        ConfigError, match=re.escape(f"rollout.sglang.api_key_file = {tmp_path / 'none'}: must be a file")
+    ):
+        asyncio.run(scenario())
