@@ -5,7 +5,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_fipo.config.run import RunConfig
 
 USAGE = """\
-megatron-fipo train|evaluate|check CONFIG.yaml [--section.field value ...]
+megatron-fipo train|evaluate|check|serve CONFIG.yaml [--section.field value ...]
 megatron-fipo inspect RUN [--step N] [--sample I]
 
   train     Run the configuration. Start it with srun (slurm/train.sbatch) or torchrun on several ranks, or plainly on
@@ -24,12 +23,14 @@ megatron-fipo inspect RUN [--step N] [--sample I]
   inspect   Show the steps of a run directory, its samples, and their tokens with log-ratio, Future-KL and influence
             weight; `megatron-fipo inspect --help` says how. Reads files alone.
   check     Read the configuration and say what is wrong with it, also on WORLD_SIZE ranks where that is set.
+  serve     On a rollout node, run the SGLang servers of a run with rollout.sglang.num_agents, and end with it
+            (slurm/train_sglang.sbatch). Give it what `train` is given.
 
 `megatron-fipo train --help` lists every field, and so does `megatron-fipo evaluate --help`.
 """
 
 # What a command meets first where the package was installed for its losses alone.
-_IN_EXTRAS = frozenset({"numpy", "psutil", "pydantic", "rich", "tyro", "yaml"})
+_IN_EXTRAS = frozenset({"aiohttp", "numpy", "psutil", "pydantic", "rich", "tyro", "yaml"})
 _INSTALL = "pip install 'megatron-fipo[train]', or [launch] to check configurations; docs/install.md has the rest"
 
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
-    commands = {"train": _train, "evaluate": _evaluate, "check": _check, "inspect": _inspect}
+    commands = {"train": _train, "evaluate": _evaluate, "check": _check, "serve": _serve, "inspect": _inspect}
     if words[0] not in commands:
         print(f"megatron-fipo: no command {words[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
@@ -81,6 +82,7 @@ def _evaluate(words: Sequence[str]) -> int:
 
 
 def _check(words: Sequence[str]) -> int:
+    from megatron_fipo.rollout.server_arguments import check_server_arguments
     from megatron_fipo.runtime.run_dir import RunDirectory
 
     if (config := _read_run_config("check", words)) is None:
@@ -89,11 +91,35 @@ def _check(words: Sequence[str]) -> int:
     if ranks := os.environ.get("WORLD_SIZE"):
         config.parallelism.check_world_size(int(ranks))
     RunDirectory.check(config.output_dir)
-    # Needs what the ranks have; a login node may lack it.
-    if find_spec("torch") is not None and find_spec("safetensors") is not None:
-        from megatron_fipo.rollout.server_arguments import check_server_arguments
+    check_server_arguments(config.rollout.sglang.server_arguments)
+    return 0
 
-        check_server_arguments(config.rollout.sglang.server_arguments)
+
+def _serve(words: Sequence[str]) -> int:
+    import asyncio
+
+    from megatron_fipo.config.base import require
+    from megatron_fipo.rollout.server_agent import serve
+    from megatron_fipo.runtime.errors import RunError
+    from megatron_fipo.runtime.logging import setup_logging
+    from megatron_fipo.runtime.run_dir import RunDirectory
+
+    if (config := _read_run_config("serve", words)) is None:
+        return 0 if _asks_for_help(words) else 2
+    sglang = config.rollout.sglang
+    require(
+        sglang.num_agents > 0,
+        field="rollout.sglang.num_agents",
+        value=sglang.num_agents,
+        rule="the run waits for no agents: it has its servers elsewhere, or beside its controller",
+        way_out="set it to the number of rollout nodes, and give `train` the same",
+    )
+    setup_logging(0)
+    try:
+        asyncio.run(serve(RunDirectory(config.output_dir).servers, sglang.start_timeout_s))
+    except RunError as error:
+        print(f"megatron-fipo: the agent ended: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a configuration says about SGLang's launch arguments, checked against SGLang's own list.
+"""Checks further launch arguments for SGLang against its own list.
 
 The list is read from SGLang's source, which takes a tenth of a second; importing SGLang takes many, and a GPU's driver.
 """
@@ -12,10 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.base import require
-from megatron_fipo.config.model import ModelConfig
-from megatron_fipo.config.rollout import RolloutConfig
-from megatron_fipo.conversion.hf_folder import model_config_for, read_model_config
-from megatron_fipo.rollout.server_command import ServerSettings
 
 log = logging.getLogger(__name__)
 
@@ -55,33 +51,6 @@ class _Argument:
 
     type: str | None = None
     choices: tuple[Any, ...] | None = None
-
-
-def server_settings(model: ModelConfig, rollout: RolloutConfig) -> ServerSettings:
-    """What a configuration says about servers.
-
-    Args:
-        model: The model.
-        rollout: Generation; its further arguments for SGLang are taken as checked.
-    """
-    sglang = rollout.sglang
-    # Token ids in and out.
-    arguments: dict[str, Any] = {
-        "model_path": str(model.path.absolute()),
-        "dtype": model.dtype,
-        "skip_tokenizer_init": True,
-        "json_model_override_args": _changed_model_config(model),
-        "context_length": model.context_length,
-        "enable_return_routed_experts": rollout.replay_routing,
-        "enable_memory_saver": rollout.colocated,
-    }
-    return ServerSettings(
-        arguments=sglang.server_arguments | {name: value for name, value in arguments.items() if value},
-        tensor_parallel_size=sglang.tensor_parallel_size,
-        nodes_per_server=sglang.nodes_per_server,
-        servers_per_node=sglang.servers_per_node,
-        start_timeout_s=sglang.start_timeout_s,
-    )
 
 
 def check_server_arguments(arguments: dict[str, Any]) -> None:
@@ -141,14 +110,6 @@ def _check(name: str, value: Any, known: dict[str, _Argument]) -> None:
         rule="is none of SGLang's choices",
         way_out=f"choose one of {', '.join(map(str, argument.choices or ()))}",
     )
-
-
-def _changed_model_config(model: ModelConfig) -> dict[str, Any]:
-    """Fields of the model's config.json that the run trains with other values of."""
-    source = read_model_config(model.path)
-    changed = model_config_for(source, model.dtype, model.context_length, model.rope_base)
-    names = ("max_position_embeddings", "rope_theta", "rope_parameters")
-    return {name: changed[name] for name in names if changed.get(name) != source.get(name)}
 
 
 def _read_arguments() -> dict[str, _Argument]:

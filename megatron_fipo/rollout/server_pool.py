@@ -18,10 +18,10 @@ from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.rollout.server_agent import CONTROLLER_FILE
-from megatron_fipo.rollout.server_arguments import server_settings
 from megatron_fipo.rollout.server_command import ServerSettings
 from megatron_fipo.rollout.server_listener import ServerListener, job_address, write_controller_file
 from megatron_fipo.rollout.server_registry import ServerLife, ServerPool, ServerRegistry
+from megatron_fipo.rollout.server_settings import server_settings
 from megatron_fipo.runtime.child_process import child_environment
 from megatron_fipo.runtime.errors import RunError
 

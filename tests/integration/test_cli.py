@@ -74,7 +74,7 @@ def cpu_seconds_of_children() -> float:
 
 # What needs no library.
 
-USAGE = "megatron-fipo train|evaluate|check CONFIG.yaml [--section.field value ...]"
+USAGE = "megatron-fipo train|evaluate|check|serve CONFIG.yaml [--section.field value ...]"
 
 
 def test_without_words_the_usage_is_shown() -> None:

@@ -12,8 +12,9 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout.server_arguments import check_server_arguments, server_settings
+from megatron_fipo.rollout.server_arguments import check_server_arguments
 from megatron_fipo.rollout.server_command import ServerPlace, server_command, server_environment
+from megatron_fipo.rollout.server_settings import server_settings
 
 needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
 KEY_FILE = Path("/secret/key.yaml")
