@@ -122,7 +122,7 @@ class RoutingReplay:
 
     def __init__(self, chunks: Sequence[Any], provider: Any, context: ParallelContext) -> None:
         self._num_experts, self._top_k = provider.num_moe_experts, provider.moe_router_topk
-        self._moe_layers = _moe_layers(provider)
+        self._moe_layers = moe_layers(provider)
         self._parts = context.tp_size if provider.sequence_parallel else 1
         self._part = context.tp_rank if provider.sequence_parallel else 0
         self._places: list[_Place] = []
@@ -221,7 +221,7 @@ class RoutingReplay:
         return {"train/routing_mismatch_fraction": differing / replayed} if replayed else {}
 
 
-def _moe_layers(provider: Any) -> list[int]:
+def moe_layers(provider: Any) -> list[int]:
     """Layers with experts, from 0, as megatron-core reads `moe_layer_freq`."""
     pattern = provider.moe_layer_freq
     if isinstance(pattern, int):
