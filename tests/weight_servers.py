@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from aiohttp import web
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_fipo.conversion.hf_folder import read_tensors
 from megatron_fipo.rollout.engine import ServerAddress
@@ -59,17 +60,19 @@ class StandIn:
 
 
 @contextlib.contextmanager
-def stand_ins(*faults: dict[str, int]) -> Iterator[list[StandIn]]:
+def stand_ins(*faults: dict[str, int], model: Path | None = None) -> Iterator[list[StandIn]]:
     """Start one stand-in for each of the given faults, and end them all.
 
-    A fault says at which update, counted from 0, something happens: {"hang": 1}, {"die": 1} or {"refuse": 1}.
+    A fault says at which update, counted from 0, something happens: {"hang": 1}, {"die": 1} or {"refuse": 1}. Others
+    concern what it has afterwards: {"spoil": 0} adds to one element of a tensor, {"version": 3} stays at that version.
+    `model` is the folder of a model whose log-probabilities the stand-ins give, with the weights that they were sent.
     """
     context = multiprocessing.get_context("fork")
     servers: list[StandIn] = []
     try:
         for number, fault in enumerate(faults):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, fault))
+            process = context.Process(target=_serve, args=(there, fault, model))
             process.start()
             there.close()
             url = f"http://127.0.0.1:{here.recv()}"
@@ -87,16 +90,16 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + bits(tensor).numpy().tobytes()).hexdigest()
 
 
-def _serve(parent: Connection, fault: dict[str, int]) -> None:
+def _serve(parent: Connection, fault: dict[str, int], model: Path | None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        asyncio.run(_Server(fault).run(parent))
+        asyncio.run(_Server(fault, model).run(parent))
 
 
 class _Server:
-    def __init__(self, fault: dict[str, int]) -> None:
-        self.fault = fault
+    def __init__(self, fault: dict[str, int], model: Path | None) -> None:
+        self.fault, self.model = fault, model
         self.calls: list[str] = []
         self.tensors: dict[str, Tensor] = {}
         self.groups: dict[str, dist.ProcessGroup] = {}
@@ -106,6 +109,7 @@ class _Server:
     async def run(self, parent: Connection) -> None:
         app = web.Application(client_max_size=1024**3)
         app.router.add_get("/told", self.tell)
+        app.router.add_get("/{call}", self.answer)
         app.router.add_post("/{call}", self.answer)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
@@ -120,13 +124,13 @@ class _Server:
         return web.json_response(told | {"groups": list(self.groups)})
 
     async def answer(self, request: web.Request) -> web.Response:
-        call, body = request.match_info["call"], await request.json()
+        call, body = request.match_info["call"], await request.json() if request.can_read_body else {}
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self.scheduler, getattr(self, call), body)
+            found = await loop.run_in_executor(self.scheduler, getattr(self, call), body)
         except (Refusal, RuntimeError) as error:
             return web.json_response({"success": False, "message": str(error)}, status=400)
-        return web.json_response({"success": True, "message": ""})
+        return web.json_response({"success": True, "message": ""} | (found or {}))
 
     def begin_weight_update(self, _: dict[str, Any]) -> None:
         if self.in_update:
@@ -139,6 +143,8 @@ class _Server:
             raise Refusal("no weight-update session is open")
         self.calls.append("end")
         self.in_update = False
+        if "spoil" in self.fault:
+            self.tensors["model.norm.weight"][self.fault["spoil"]] += 4.0
 
     def init_weights_update_group(self, body: dict[str, Any]) -> None:
         self.calls.append("init group")
@@ -174,7 +180,34 @@ class _Server:
 
     def update_weight_version(self, body: dict[str, Any]) -> None:
         self.calls.append("version")
-        self.version = body["new_version"]
+        self.version = str(self.fault.get("version", body["new_version"]))
+
+    def continue_generation(self, _: dict[str, Any]) -> None:
+        self.calls.append("continue")
+
+    def model_info(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"weight_version": self.version}
+
+    def server_info(self, _: dict[str, Any]) -> dict[str, Any]:
+        sizes = {"tp_size": 1, "base_gpu_id": 0, "max_req_input_len": 250}
+        flags = {"enable_deterministic_inference": False, "enable_return_routed_experts": False}
+        return sizes | flags | {"internal_states": [{"weight_version": self.version}], "version": "0.5.21"}
+
+    def weights_checker(self, _: dict[str, Any]) -> dict[str, Any]:
+        self.calls.append("checksum")
+        return {"ranks": [{"checksums": {name: digest(tensor) for name, tensor in self.tensors.items()}}]}
+
+    @torch.no_grad()
+    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Log-probabilities of what was sent, by transformers."""
+        assert self.model is not None, "this stand-in was started without a model"
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.model), dtype=torch.float32).eval()
+        model.load_state_dict(self.tensors, strict=False)
+        token_ids, first = body["input_ids"], body["logprob_start_len"]
+        log_probs = model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+        places = range(first + 1, len(token_ids))
+        entries = [[float(log_probs[place - 1, token_ids[place]]), token_ids[place], None] for place in places]
+        return {"meta_info": {"input_token_logprobs": [[None, token_ids[first], None], *entries]}}
 
     def strike(self) -> None:
         """Do what the fault says, if it is time."""

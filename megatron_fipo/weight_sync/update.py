@@ -37,7 +37,15 @@ class WeightUpdate:
 
     def ask_all(self, call: Call[Any]) -> None:
         """Have rank 0 ask every server that is left; those that do not comply are left out."""
-        self.fail(on_rank(0, lambda: failures(self._calls.start_all(self.alive, call))))
+        self.ask_each(lambda _: call)
+
+    def ask_each(self, call_for: Callable[[ServerAddress], Call[Any]]) -> None:
+        """As `ask_all`, with a call of its own for each server."""
+
+        def ask() -> dict[str, str]:
+            return failures({each.name: self._calls.start(each, call_for(each)) for each in self.alive})
+
+        self.fail(on_rank(0, ask))
 
     def begin(self) -> None:
         """Make the servers' weights loadable."""
