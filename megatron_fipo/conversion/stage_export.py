@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.parallel.context import ParallelContext
+from megatron_fipo.platform.host_memory import require_resident
 
 _EXPERT = re.compile(r"experts\.(\d+)")
 
@@ -82,7 +83,11 @@ class StageExport:
 
         The stage's other ranks take part by exhausting it. The order is fixed, the type the parameters' own, padding
         rows of the vocabulary are trimmed. A tensor may be a view of a live parameter: copy it to keep it.
+
+        Raises:
+            RunError: The parameters are off the device.
         """
+        require_resident((task.param_weight for task in self._tasks), "the actor's weights")
         for name, tensor in self._gather():
             yield name, self._trim(name, tensor).detach()
 
