@@ -284,6 +284,7 @@ class Simulation:
         limit: Prompts that there are.
         config: Further fields of RolloutConfig.
         recipe: Further fields of BatchRecipe.
+        engine: Kind of servers.
     """
 
     lengths: Callable[[int, int], int] = lambda prompt, sample: 10
@@ -292,10 +293,11 @@ class Simulation:
     limit: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    engine: type[SimulatedEngine] = SimulatedEngine
 
     def build(self) -> tuple[RolloutController, SimulatedEngine]:
         values = {"num_prompts_per_step": 4, "group_size": 2, "engine": "sglang"} | self.config
-        engine = SimulatedEngine(lambda request: self.lengths(number_of(request.prompt_id), request.sample_index))
+        engine = self.engine(lambda request: self.lengths(number_of(request.prompt_id), request.sample_index))
         controller = RolloutController(
             engine=engine,
             scoring=Scoring(SimulatedPool(self.scoring_s), "fatal"),

@@ -25,7 +25,7 @@ class _Open:
 
     Attributes:
         request: As it was asked for.
-        order: Among those that wait, the smallest goes first.
+        order: Of those that wait, evaluation's before training's, the smallest goes first.
         begins: Called with the version of the weights each time that it begins from its prompt.
         done: Its result.
         is_evaluation: It must be of one version, the current one.
@@ -69,7 +69,7 @@ class Dispatcher:
         self.paused = False
         self.num_interrupted = self.num_discarded_tokens = 0
         self._open: dict[str, _Open] = {}
-        self._queue: list[tuple[tuple[int, int], str]] = []
+        self._queue: list[tuple[bool, tuple[int, int], str]] = []
         self._in_flight: set[str] = set()
         self._given: set[str] = set()
         self._given_up: set[str] = set()
@@ -191,7 +191,8 @@ class Dispatcher:
                 entry.done.set_exception(self._failure)
 
     def _enqueue(self, name: str) -> None:
-        heapq.heappush(self._queue, (self._open[name].order, name))
+        entry = self._open[name]
+        heapq.heappush(self._queue, (not entry.is_evaluation, entry.order, name))
         self._news.set()
 
     async def _send(self) -> None:
@@ -216,7 +217,7 @@ class Dispatcher:
         while self._queue and len(self._in_flight) < self._config.max_requests_in_flight:
             if self._backlog() >= self._config.max_requests_in_flight:
                 break
-            _, name = self._queue[0]
+            *_, name = self._queue[0]
             entry = self._open.get(name)
             if entry is None or entry.done.done() or name in self._in_flight:
                 heapq.heappop(self._queue)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_fipo.config.rollout import RolloutConfig
-from megatron_fipo.data.stream import EndOfPrompts
+from megatron_fipo.data.stream import EndOfPrompts, PromptStream
 from megatron_fipo.rollout.admission import (
     judge,
     no_signal_error,
@@ -31,6 +31,7 @@ from megatron_fipo.rollout.ledger import Fate, Ledger, OpenPrompt
 from megatron_fipo.rollout.samples import SampleMaker
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.rollout.service_time import ServiceTime
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.types import Prompt, RolloutGroup
 
@@ -174,7 +175,6 @@ class ServedSource:
     def look_again(self) -> None:
         """Draw what may be drawn, and see whether the batch is full; after anything that may have changed it."""
         self._top_up()
-        self._time.serve(bool(self._under_way) and not self._dispatcher.paused)
         self._changed.set()
 
     async def generate(
@@ -215,6 +215,8 @@ class ServedSource:
 
     async def close(self) -> None:
         """Give up what is under way; whoever awaits a batch gets an error."""
+        self._failure = self._failure or RunError("the rollout controller was closed")
+        self._changed.set()
         tasks = [draw.task for draw in self._under_way.values() if draw.task is not None]
         for draw in list(self._under_way.values()):
             self._give_up(draw, "returned")
@@ -262,14 +264,17 @@ class ServedSource:
 
     def _top_up(self) -> None:
         """Draw as many prompts as may be on their way."""
-        dispatcher, config = self._dispatcher, self._config
-        if self._recipe is None or dispatcher.paused or dispatcher.policy_version is None:
-            return
+        if self._recipe is not None and not self._dispatcher.paused and self._dispatcher.policy_version is not None:
+            self._draw(self._recipe.stream)
+        self._time.serve(bool(self._under_way) and not self._dispatcher.paused)
+
+    def _draw(self, stream: PromptStream) -> None:
+        config = self._config
         wanted = config.num_prompts_per_step * (config.policy_lag + self._awaited) - len(self._ready)
         allowed = min(self._round_of(wanted), self._budget - self._period.num_generated)
         while self._failure is None and len(self._under_way) < allowed:
             try:
-                prompt = self._returned.popleft() if self._returned else self._recipe.stream.next(1)[0]
+                prompt = self._returned.popleft() if self._returned else stream.next(1)[0]
             except EndOfPrompts as end:
                 self._end = end
                 break
@@ -337,6 +342,7 @@ class ServedSource:
                 self._ready.sort(key=lambda each: each.number)
             case "no_signal":
                 period.without_signal.append(finished)
+                period.without_signal.sort(key=lambda each: each.number)
             case fate:
                 self.ledger.settle(finished.number, fate)
         self._tell_progress()
