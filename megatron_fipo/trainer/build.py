@@ -66,7 +66,7 @@ def _build(config: RunConfig, progress: Progress, resources: ExitStack) -> Run:
         config=config,
         context=context,
         actor=actor,
-        rollout=None if make_rollouts is None else make_rollouts(actor),
+        rollout=None if make_rollouts is None else make_rollouts(actor, context),
         directory=directory,
         metrics_writer=metrics_writer,
         recorded=recorded or (),
