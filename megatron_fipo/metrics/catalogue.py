@@ -465,6 +465,27 @@ _EVALUATION = Section(
     ),
 )
 
+_WEIGHT_SYNC = Section(
+    "Weights to servers",
+    "Of the sync after the step's updates, and of what was sent to restarted servers before it. Seconds lie within "
+    "`time/weight_sync_s`, or within the rollout for restarted servers.",
+    (
+        Metric(name="perf/weight_sync_pause_s", description="Until all servers had stopped.", unit="s"),
+        Metric(name="perf/weight_sync_transfer_s", description="Until they had the weights.", unit="s"),
+        Metric(name="perf/weight_sync_verify_s", description="Until it was known that they have them.", unit="s"),
+        Metric(name="perf/weight_sync_gib", description="Weights sent, counted once for all servers.", unit="GiB"),
+        Metric(name="perf/weight_sync_servers", description="Servers that took them in."),
+        Metric(name="perf/weight_sync_servers_failed", description="Servers that did not, and are restarted."),
+        Metric(
+            name="rollout/canary_mismatch_mean",
+            description="Mean |d| between a fixed response's log-probabilities of the servers and of the actor after the "
+            "sync, the worst server's.",
+            unit="nats",
+        ),
+        Metric(name="rollout/canary_mismatch_max", description="Largest |d| of it.", unit="nats"),
+    ),
+)
+
 _PERFORMANCE = Section(
     "Time, throughput and memory",
     "Times are wall-clock on rank 0. Tokens are counted over all ranks.",
@@ -511,5 +532,5 @@ _PERFORMANCE = Section(
 )
 
 CATALOGUE = Catalogue(
-    (_STEP, _ROLLOUT, _SERVED, _DATA, _UPDATES, _FIPO, _MISMATCH, _REFERENCE, _EVALUATION, _PERFORMANCE)
+    (_STEP, _ROLLOUT, _SERVED, _DATA, _UPDATES, _FIPO, _MISMATCH, _REFERENCE, _EVALUATION, _WEIGHT_SYNC, _PERFORMANCE)
 )
