@@ -70,6 +70,14 @@ class Colocation:
         self.trainer, self.engine = trainer, engine
         self._seconds = 0.0
 
+    def vacate(self) -> None:
+        """Take the trainer off its devices before servers start on them: what is free then is theirs for good.
+
+        Once they have started, `to_trainer` puts it back.
+        """
+        self._on_trainer(self.trainer.offload_optimizer)
+        self._on_trainer(self.trainer.offload_parameters)
+
     def to_servers(self, servers: Sequence[ServerAddress], push: Push) -> dict[str, str]:
         """The servers' turn begins: they have the current weights afterwards, and all the memory.
 

@@ -89,6 +89,11 @@ def end(colocation: Colocation, record: Record) -> None:
     colocation.to_trainer(SERVERS)
 
 
+def start(colocation: Colocation, record: Record) -> None:
+    colocation.vacate()
+    colocation.to_trainer(SERVERS)
+
+
 def metrics(colocation: Colocation, record: Record) -> tuple[bool, bool]:
     turn(colocation, record)
     first, second = colocation.drain(), colocation.drain()
@@ -99,6 +104,7 @@ def metrics(colocation: Colocation, record: Record) -> tuple[bool, bool]:
 Case = tuple[Callable[[Colocation, Record], Any], dict[str, Any]]
 CASES: dict[str, Case] = {
     "turn": (turn, {}),
+    "start": (start, {}),
     "push again": (push_again, {}),
     "no memory for weights": (begin, {"resume weights": {"a": "500"}}),
     "weights not taken in": (begin, {"push": {"b": "timeout"}}),
@@ -146,6 +152,11 @@ def test_the_order_of_a_turn(ranks):
         "all back",
     ]
     assert ranks[1]["turn"] == ({}, ["optimizer away", "push a b", "parameters away", "all back"])
+
+
+def test_servers_start_on_devices_that_are_free(ranks):
+    released = ["release kv_cache a b", "release weights a b"]
+    assert ranks[0]["start"][1] == ["optimizer away", "parameters away", *released, "all back"]
 
 
 def test_a_restarted_server_gets_the_weights_within_the_turn(ranks):
