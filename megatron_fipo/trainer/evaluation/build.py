@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_fipo.config.evaluate import EvaluateConfig
 from megatron_fipo.conversion.hf_folder import (
@@ -17,13 +18,16 @@ from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rewards.check import check_prompts
 from megatron_fipo.rewards.pool import RewardPool
-from megatron_fipo.rollout.controller import Decode, RolloutController
+from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
-from megatron_fipo.rollout.engine import SamplingParameters
+from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters
+from megatron_fipo.rollout.samples import Decode
 from megatron_fipo.rollout.scoring import Scoring
+from megatron_fipo.rollout.server_arguments import check_server_arguments
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.evaluation.directory import prepare_directory
 from megatron_fipo.trainer.evaluation.problems import select_prompts
+from megatron_fipo.trainer.evaluation.served import MakeController, ServedEvaluation
 from megatron_fipo.trainer.generation import decoder
 from megatron_fipo.trainer.generation_inputs import check_positions, training_sampling
 from megatron_fipo.trainer.rollout_side import EmbeddedRollouts
@@ -60,6 +64,7 @@ def prepare_problems(config: EvaluateConfig) -> Problems:
     positions = config.model.context_length or int(model["max_position_embeddings"])
     check_positions(config.data.max_prompt_tokens, config.rollout, positions)
     tokenizer = load_tokenizer(folder, int(model["vocab_size"]))
+    check_server_arguments(config.rollout.sglang.server_arguments)
     usable = load_sources(config.data.evaluation, config.data, tokenizer, limit=config.evaluation.num_prompts)
     check_prompts(config.reward, usable, "data.evaluation")
     prompts = select_prompts(usable, config.evaluation.num_prompts)
@@ -84,8 +89,10 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 @contextmanager
-def build_generation(config: EvaluateConfig, problems: Problems | None) -> Iterator[EmbeddedRollouts]:
-    """Start grading and the engine, and fill it from the folder; collective over all ranks.
+def build_generation(
+    config: EvaluateConfig, problems: Problems | None
+) -> Iterator[EmbeddedRollouts | ServedEvaluation]:
+    """Start grading, and an embedded engine, which is filled from the folder; collective over all ranks.
 
     Args:
         config: The evaluation.
@@ -99,20 +106,34 @@ def build_generation(config: EvaluateConfig, problems: Problems | None) -> Itera
         pool = on_main_rank(
             lambda: resources.enter_context(RewardPool(config.reward, config.rollout.max_response_tokens))
         )
-        engine = on_every_rank(lambda: _build_engine(config))
-        sync = FolderSync(config.model.path, engine, config.weight_sync)
-        on_every_rank(lambda: sync.push(0))
-        controller = None
+        make_controller = None
         if problems is not None and pool is not None:
-            controller = RolloutController(
-                engine=engine,
-                scoring=Scoring(pool, config.reward.on_error),
-                decode=problems.decode,
-                config=config.rollout,
-                sampling=problems.sampling,
-                seed=config.seed,
-            )
-        yield EmbeddedRollouts(engine=engine, weight_sync=sync, controller=controller)
+            make_controller = partial(_make_controller, config, problems, pool)
+        if config.rollout.engine == "sglang":
+            yield ServedEvaluation(config=config, make_controller=make_controller)
+        else:
+            yield _fill_embedded(config, make_controller)
+
+
+def _make_controller(
+    config: EvaluateConfig, problems: Problems, pool: RewardPool, engine: RolloutEngine
+) -> RolloutController:
+    return RolloutController(
+        engine=engine,
+        scoring=Scoring(pool, config.reward.on_error),
+        decode=problems.decode,
+        config=config.rollout,
+        sampling=problems.sampling,
+        seed=config.seed,
+    )
+
+
+def _fill_embedded(config: EvaluateConfig, make_controller: MakeController | None) -> EmbeddedRollouts:
+    engine = on_every_rank(lambda: _build_engine(config))
+    sync = FolderSync(config.model.path, engine, config.weight_sync)
+    on_every_rank(lambda: sync.push(0))
+    controller = None if make_controller is None else make_controller(engine)
+    return EmbeddedRollouts(engine=engine, weight_sync=sync, controller=controller)
 
 
 def _build_engine(config: EvaluateConfig) -> EmbeddedEngine:
