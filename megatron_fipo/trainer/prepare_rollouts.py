@@ -83,10 +83,15 @@ def _prepare_served(config: RunConfig, bridge: HfBridge, progress: Progress, res
     tokenizer = on_every_rank(lambda: load_tokenizer(config.model.path, bridge.vocab_size))
 
     def make(actor: Actor, context: ParallelContext) -> RolloutSide:
+        colocation = _build_colocation(actor) if config.rollout.colocated else None
+        if colocation is not None:
+            colocation.vacate()
         routing = _routing_shape(actor.forward.provider) if config.rollout.replay_routing else None
         told, _ = calls.ask("start_servers", {"routing": routing})
         server_calls = ServerCalls(broadcast_json(told, 0)["api_key"])
         resources.callback(server_calls.close)
+        if colocation is not None and context.rank == 0:
+            colocation.engine = ServerMemory(server_calls, config.weight_sync.timeout_s)
         assert config.data is not None, "RunConfig demands prompts of every mode that generates"
         longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         token_ids = canary_token_ids(bridge.vocab_size, tokenizer.all_special_ids, longest)
@@ -96,7 +101,7 @@ def _prepare_served(config: RunConfig, bridge: HfBridge, progress: Progress, res
             transport=_build_transport(config, actor, context, server_calls, resources),
             verification=WeightVerification(canary, config.weight_sync, config.model.dtype, server_calls),
             decode=decoder(tokenizer) if context.rank == 0 else None,
-            colocation=_build_colocation(config, actor, context, server_calls) if config.rollout.colocated else None,
+            colocation=colocation,
         )
 
     return make
@@ -129,7 +134,7 @@ def _build_transport(
     return resources.enter_context(closing(DistributedTransport(bridge, model, context, sync, calls)))
 
 
-def _build_colocation(config: RunConfig, actor: Actor, context: ParallelContext, calls: ServerCalls) -> Colocation:
+def _build_colocation(actor: Actor) -> Colocation:
+    """Without servers' memory, which is there once they are."""
     optimizer = None if actor.train_step is None else actor.train_step.optimizer
-    servers = ServerMemory(calls, config.weight_sync.timeout_s) if context.rank == 0 else None
-    return Colocation(ActorMemory(actor.chunks, optimizer), servers)
+    return Colocation(ActorMemory(actor.chunks, optimizer), None)

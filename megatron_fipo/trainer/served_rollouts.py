@@ -47,6 +47,9 @@ class ServedRollouts:
         started = time.perf_counter()
         servers = self._pause()
         self._count("perf/weight_sync_pause_s", time.perf_counter() - started)
+        if self.colocation is not None and self._weights < 0:
+            # Until now servers that have just started had all the memory.
+            self.colocation.to_trainer(servers)
         self._weights = policy_version
         failed = self.colocation.to_servers(servers, self._push) if self.colocation else self._push(servers)
         failed |= self._check(servers, failed)
