@@ -23,11 +23,12 @@ def canary_token_ids(vocab_size: int, special_token_ids: Collection[int], longes
     """Tokens of the canary, prompt and response together; always the same for the same model.
 
     Args:
-        vocab_size: Tokens are below it.
+        vocab_size: Tokens are below its last one, which SGLang takes for a placeholder where it scores a prompt.
         special_token_ids: Tokens to avoid, where the vocabulary has others.
         longest: Tokens that trainer and servers can take.
     """
-    ordinary = sorted(set(range(vocab_size)) - set(special_token_ids)) or list(range(vocab_size))
+    usable = range(vocab_size - 1)
+    ordinary = sorted(set(usable) - set(special_token_ids)) or list(usable)
     draws = np.random.default_rng(0).integers(0, len(ordinary), max(min(_LENGTH, longest), _SHORTEST))
     return [ordinary[draw] for draw in draws]
 
