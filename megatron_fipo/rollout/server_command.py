@@ -39,6 +39,7 @@ class ServerSettings:
         nodes_per_server: Nodes that one server's ranks are spread over.
         servers_per_node: Servers on each node.
         start_timeout_s: How long one may take until it is ready.
+        first_device: First GPU of a node that is theirs; those before it are the trainer's.
     """
 
     arguments: dict[str, Any]
@@ -46,6 +47,7 @@ class ServerSettings:
     nodes_per_server: int
     servers_per_node: int
     start_timeout_s: float
+    first_device: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,8 @@ def server_command(settings: ServerSettings, place: ServerPlace, key_file: Path,
     arguments |= settings.arguments
     arguments |= {"host": place.host, "port": place.port, "tp_size": settings.tensor_parallel_size}
     if cuda:
-        arguments["base_gpu_id"] = place.index * settings.tensor_parallel_size // settings.nodes_per_server
+        devices = settings.tensor_parallel_size // settings.nodes_per_server
+        arguments["base_gpu_id"] = settings.first_device + place.index * devices
     if settings.nodes_per_server > 1:
         arguments |= {
             "nnodes": settings.nodes_per_server,

@@ -49,7 +49,8 @@ async def open_pool(model: ModelConfig, rollout: RolloutConfig, folder: Path) ->
     if rollout.sglang.urls:
         yield await AttachedServers.open(rollout.sglang)
         return
-    settings = server_settings(model, rollout)
+    local_ranks = 0 if rollout.sglang.num_agents else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    settings = server_settings(model, rollout, local_ranks)
     async with _started(settings, rollout.sglang, folder) as registry:
         yield registry
 

@@ -8,12 +8,13 @@ from megatron_fipo.conversion.hf_folder import model_config_for, read_model_conf
 from megatron_fipo.rollout.server_command import ServerSettings
 
 
-def server_settings(model: ModelConfig, rollout: RolloutConfig) -> ServerSettings:
+def server_settings(model: ModelConfig, rollout: RolloutConfig, local_ranks: int = 0) -> ServerSettings:
     """What a configuration says about servers.
 
     Args:
         model: The model.
         rollout: Generation; its further arguments for SGLang are taken as checked.
+        local_ranks: Ranks of the trainer on the servers' nodes, each with a GPU.
     """
     sglang = rollout.sglang
     # Token ids in and out.
@@ -32,6 +33,7 @@ def server_settings(model: ModelConfig, rollout: RolloutConfig) -> ServerSetting
         nodes_per_server=sglang.nodes_per_server,
         servers_per_node=sglang.servers_per_node,
         start_timeout_s=sglang.start_timeout_s,
+        first_device=0 if rollout.colocated else local_ranks,
     )
 
 

@@ -137,6 +137,15 @@ def test_servers_on_gpus_share_a_node_and_may_span_several(model: Path) -> None:
     assert words_after(command, "--base-gpu-id") == "4"
 
 
+def test_servers_beside_ranks_take_the_devices_behind_theirs(model: Path) -> None:
+    def first_device(colocated: bool) -> str:
+        settings = server_settings(ModelConfig(path=model), RolloutConfig(engine="sglang", colocated=colocated), 4)
+        place = ServerPlace(host="127.0.0.1", port=7)
+        return words_after(server_command(settings, place, KEY_FILE, cuda=True), "--base-gpu-id")
+
+    assert (first_device(colocated=False), first_device(colocated=True)) == ("4", "0")
+
+
 def test_a_server_does_not_take_itself_for_a_rank_of_the_trainer(model: Path) -> None:
     settings = server_settings(ModelConfig(path=model), RolloutConfig(engine="sglang"))
     outer = {"RANK": "3", "MASTER_ADDR": "n1", "TORCHELASTIC_RUN_ID": "x", "PATH": "/bin", "PYTHONPATH": "/mine"}
