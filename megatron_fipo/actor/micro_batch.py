@@ -48,6 +48,7 @@ class MicroBatch:
         sequence_numbers: [N] int64 `sequences` on the device, −1 for a filler.
         advantages: [t] float32.
         rollout_log_probs: [t] float32, the engine's.
+        response_places: [t] int32, place of the predicted token in its response, from 0; 0 outside responses.
         old_log_probs: [t] float64, the actor's before the first update, whichever policy versions sampled the tokens;
             set by the old-log-probability pass.
         reference_log_probs: [t] float64, the reference policy's; set where the algorithm has a reference KL.
@@ -64,6 +65,7 @@ class MicroBatch:
     sequence_numbers: Tensor
     advantages: Tensor
     rollout_log_probs: Tensor
+    response_places: Tensor
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
     routed_experts: RoutedExperts | None = None
@@ -92,6 +94,7 @@ def build_micro_batch(
     mask = torch.zeros(layout.num_tokens, dtype=torch.bool)
     advantages = torch.zeros(layout.num_tokens, dtype=torch.float32)
     rollout_log_probs = torch.zeros_like(advantages)
+    places = torch.zeros(layout.num_tokens, dtype=torch.int32)
     response_lengths = torch.zeros(layout.num_sequences, dtype=torch.int64)
     starts = batch.sequence_starts
     for place, index in enumerate(pack.sequences):
@@ -105,6 +108,7 @@ def build_micro_batch(
         targets[shifted] = ids[1:]
         mask[shifted] = counts[1:]
         rollout_log_probs[shifted] = torch.from_numpy(batch.rollout_log_probs[source])[1:]
+        places[shifted] = (torch.arange(1, length, dtype=torch.int32) - int(batch.prompt_lengths[index])).clamp(min=0)
         advantages[shifted] = float(batch.advantages[index])
         response_lengths[place] = counts[1:].sum()
     local_mask = layout.shard(mask)
@@ -120,4 +124,5 @@ def build_micro_batch(
         sequence_numbers=torch.tensor([*numbers, *[-1] * (layout.num_sequences - len(numbers))]).to(device),
         advantages=layout.shard(advantages).to(device),
         rollout_log_probs=layout.shard(rollout_log_probs).to(device),
+        response_places=layout.shard(places).to(device),
     )

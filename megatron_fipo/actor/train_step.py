@@ -149,6 +149,7 @@ class TrainStep:
                     reference_log_probs=micro_batch.reference_log_probs,
                     entropy=scores["entropy"],
                     response_positions=micro_batch.response_positions,
+                    response_places=micro_batch.response_places,
                 ),
                 self.algorithm,
                 group=self.context.cp_group,

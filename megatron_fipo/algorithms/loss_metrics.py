@@ -19,6 +19,9 @@ NEGATIVE_RATIO_QUANTILES = (750, 995, 999)
 POSITIVE_RATIO_QUANTILES = (250, 500, 750, 995, 999)
 INFLUENCE_QUANTILES = (10, 250, 500, 750, 990, 999)
 
+MISMATCH_BINS = (0, 256, 1024, 4096, 16384)
+"""First places in a response, in tokens, of the parts that have a mean mismatch of their own; the last has no end."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTerms:
@@ -129,14 +132,35 @@ def _influence_metrics(terms: PolicyTerms, config: FipoConfig) -> Metrics:
     }
 
 
-def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor) -> Metrics:
-    """How far the rollout engine's log-probabilities lie from the trainer's on response tokens: [R], [R]."""
+def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, places: Tensor | None = None) -> Metrics:
+    """How far the rollout engine's log-probabilities lie from the trainer's on response tokens.
+
+    Args:
+        old_log_probs: [R] of the trainer.
+        rollout_log_probs: [R] of the engine.
+        places: [R] integers, the token's place in its response, from 0; the mean by place is left out without them.
+    """
     mismatch = rollout_log_probs.double() - old_log_probs.double()
-    return {
+    metrics: Metrics = {
         "train/mismatch_mean_abs": Accumulator.mean(mismatch.abs()),
         "train/mismatch_max": Accumulator.max(mismatch.abs()),
         "train/mismatch_kl": Accumulator.mean(mismatch),
         "train/mismatch_kl_k3": Accumulator.mean(_k3(-mismatch.clamp(-RAW_CLAMP, RAW_CLAMP))),
+    }
+    if places is not None:
+        metrics |= _mismatch_by_place(mismatch.abs(), places)
+    return metrics
+
+
+def _mismatch_by_place(sizes: Tensor, places: Tensor) -> Metrics:
+    bins = torch.zeros_like(places, dtype=torch.int64)
+    for start in MISMATCH_BINS[1:]:
+        bins += places >= start
+    sums = sizes.new_zeros(2, len(MISMATCH_BINS))
+    sums.index_add_(1, bins, torch.stack([sizes, torch.ones_like(sizes)]))
+    return {
+        f"train/mismatch_mean_abs_from_{start}": Accumulator("mean", total, count)
+        for start, total, count in zip(MISMATCH_BINS, sums[0], sums[1], strict=True)
     }
 
 

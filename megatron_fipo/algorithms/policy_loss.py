@@ -17,6 +17,7 @@ from megatron_fipo.algorithms.aggregation import SequenceCounts, aggregate
 from megatron_fipo.algorithms.future_kl.segments import segment_plan
 from megatron_fipo.algorithms.influence import Influence, RatioTerms, beyond_dual_clip, influence
 from megatron_fipo.algorithms.loss_metrics import PolicyTerms, mismatch_metrics, policy_metrics, reference_metrics
+from megatron_fipo.algorithms.rollout_correction import RolloutCorrection, rollout_correction
 from megatron_fipo.algorithms.sequence_means import sequence_means
 from megatron_fipo.algorithms.surrogates import (
     Surrogate,
@@ -56,11 +57,12 @@ class LossInputs:
         response_lengths: [N] int64 on the device, true entries of `response_mask` in the whole of each
             sequence, all ranks together; 0 for filler.
         layout: Where the tokens lie; t = layout.num_local_tokens, N = layout.num_sequences.
-        rollout_log_probs: [t] floating, the engine's; for mismatch metrics and `rollout_importance_cap`.
+        rollout_log_probs: [t] floating, the engine's; for mismatch metrics and `rollout_correction`.
         reference_log_probs: [t] floating, of the reference policy; for `reference_kl_coefficient`.
         entropy: [t] floating, for the metric only.
         response_positions: [R] int64, where `response_mask` is true. Found here if None, which waits for the device.
         sequence_numbers: [N] int64, a number of each sequence that no layout changes; for `influence = shuffled`.
+        response_places: [t] integers, the token's place in its response, from 0; for mismatch metrics.
     """
 
     log_probs: Tensor
@@ -74,6 +76,7 @@ class LossInputs:
     entropy: Tensor | None = None
     response_positions: Tensor | None = None
     sequence_numbers: Tensor | None = None
+    response_places: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +90,8 @@ class LossOutput:
         denominator: 0-dim, this rank's share: an int64 count, or the float64 sum of weights (`self_normalize`).
         future_kl: [t], F without gradient (zeros without FIPO).
         influence_weights: [t], f without gradient (ones without FIPO).
-        kept_mask: [t] bool, `response_mask` without the sequences that were dropped.
+        kept_mask: [t] bool, tokens whose surrogate is in the loss: `response_mask` without the sequences that were
+            dropped and without what the rollout correction masks.
         metrics: This rank's part of the metrics.
     """
 
@@ -102,10 +106,10 @@ class LossOutput:
 def policy_loss(inputs: LossInputs, config: AlgorithmConfig, group: dist.ProcessGroup | None = None) -> LossOutput:
     """Numerator, denominator and metrics of the configured loss on one micro-batch.
 
-    In order: log-ratio, clamped → influence weights (FIPO) → surrogate → rollout importance → reference KL → sequence
+    In order: log-ratio, clamped → influence weights (FIPO) → surrogate → rollout correction → reference KL → sequence
     drop → aggregation. Under context parallelism FIPO runs one all-gather in `group` and GSPO and GMPO one all-reduce
-    (the other algorithms nothing, two controls of FIPO one all-gather more); given `response_positions`, nothing waits
-    for the device.
+    (the other algorithms nothing, two controls of FIPO one all-gather more, a rollout correction of whole responses one
+    all-reduce more); given `response_positions`, nothing waits for the device.
 
     Args:
         inputs: The micro-batch.
@@ -131,7 +135,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig, group: dist.Process
         weighing = _no_influence(terms, inputs)
         surrogate, clipped = _baseline(inputs, terms, sequences, config, group)
 
-    losses = _beside_the_surrogate(inputs, surrogate.losses, config)
+    correction = _rollout_correction(inputs, sequences, group, config)
+    losses = _beside_the_surrogate(inputs, surrogate.losses, correction, config)
     kept_mask = terms.mask & ~sequences.dropped[sequences.sequence_ids]
     # With the masked log-ratio, this keeps what lies outside the response out of value and gradient. A NaN on
     # a response token is let through even where its sequence is dropped: it must stop the run, not vanish.
@@ -157,8 +162,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig, group: dist.Process
         denominator=denominator,
         future_kl=weighing.future_kl,
         influence_weights=weighing.weights,
-        kept_mask=kept_mask,
-        metrics=_metrics(inputs, reported, config),
+        kept_mask=kept_mask if correction is None else kept_mask & (correction.factors != 0),
+        metrics=_metrics(inputs, reported, correction, config),
     )
 
 
@@ -214,11 +219,25 @@ def _baseline(
     assert_never(config)
 
 
-def _beside_the_surrogate(inputs: LossInputs, losses: Tensor, config: AlgorithmConfig) -> Tensor:
-    """Token losses with rollout importance and reference KL."""
+def _rollout_correction(
+    inputs: LossInputs, sequences: SequenceCounts, group: dist.ProcessGroup | None, config: AlgorithmConfig
+) -> RolloutCorrection | None:
+    if config.rollout_correction.kind == "none":
+        return None
+    assert inputs.rollout_log_probs is not None, "checked with the other inputs"
+    mask = inputs.response_mask
+    difference = inputs.old_log_probs.detach().double() - inputs.rollout_log_probs.detach().double()
+    log_ratio = torch.where(mask, difference, 0.0)
+    return rollout_correction(log_ratio, mask, sequences, inputs.layout, group, config.rollout_correction)
+
+
+def _beside_the_surrogate(
+    inputs: LossInputs, losses: Tensor, correction: RolloutCorrection | None, config: AlgorithmConfig
+) -> Tensor:
+    """Token losses with rollout correction and reference KL."""
     mask, dtype = inputs.response_mask, losses.dtype
-    if config.rollout_importance_cap is not None:
-        losses = losses * _rollout_importance(inputs, config.rollout_importance_cap).to(dtype)
+    if correction is not None:
+        losses = losses * correction.factors.to(dtype)
     if config.reference_kl_coefficient > 0:
         assert inputs.reference_log_probs is not None, "checked with the other inputs"
         # Masked first: the terms of garbage could be NaN, and so would be the gradient of what is masked later.
@@ -229,13 +248,9 @@ def _beside_the_surrogate(inputs: LossInputs, losses: Tensor, config: AlgorithmC
     return losses
 
 
-def _rollout_importance(inputs: LossInputs, cap: float) -> Tensor:
-    """Truncated importance factor min(π_old / π_rollout, cap): [t] without gradient."""
-    assert inputs.rollout_log_probs is not None, "checked with the other inputs"
-    return (inputs.old_log_probs.detach() - inputs.rollout_log_probs.detach()).exp().clamp(max=cap)
-
-
-def _metrics(inputs: LossInputs, terms: PolicyTerms, config: AlgorithmConfig) -> Metrics:
+def _metrics(
+    inputs: LossInputs, terms: PolicyTerms, correction: RolloutCorrection | None, config: AlgorithmConfig
+) -> Metrics:
     """Metrics over this rank's response tokens."""
     positions = inputs.response_positions
     if positions is None:
@@ -246,10 +261,15 @@ def _metrics(inputs: LossInputs, terms: PolicyTerms, config: AlgorithmConfig) ->
 
     metrics = policy_metrics(terms.at(positions), config)
     if inputs.rollout_log_probs is not None:
-        metrics |= mismatch_metrics(on_responses(inputs.old_log_probs), on_responses(inputs.rollout_log_probs))
-    if config.rollout_importance_cap is not None:
-        importance = _rollout_importance(inputs, config.rollout_importance_cap)
-        metrics["train/rollout_importance_mean"] = Accumulator.mean(on_responses(importance))
+        places = inputs.response_places
+        metrics |= mismatch_metrics(
+            on_responses(inputs.old_log_probs),
+            on_responses(inputs.rollout_log_probs),
+            None if places is None else on_responses(places),
+        )
+    if correction is not None:
+        metrics["train/rollout_importance_mean"] = Accumulator.mean(on_responses(correction.factors))
+        metrics["train/rollout_corrected_fraction"] = Accumulator.mean(on_responses(correction.acted))
     if config.reference_kl_coefficient > 0 and inputs.reference_log_probs is not None:
         metrics |= reference_metrics(on_responses(inputs.log_probs), on_responses(inputs.reference_log_probs))
     if inputs.entropy is not None:
@@ -272,7 +292,7 @@ def _sequence_counts(inputs: LossInputs) -> SequenceCounts:
 def _check_inputs(inputs: LossInputs, config: AlgorithmConfig) -> None:
     tokens = (inputs.layout.num_local_tokens,)
     per_token = ("log_probs", "old_log_probs", "advantages", "response_mask")
-    for name in (*per_token, "rollout_log_probs", "reference_log_probs", "entropy"):
+    for name in (*per_token, "rollout_log_probs", "reference_log_probs", "entropy", "response_places"):
         value = getattr(inputs, name)
         if value is not None and value.shape != tokens:
             raise ValueError(f"{name}.shape = {tuple(value.shape)}: the layout holds {tokens[0]} tokens on this rank")
@@ -286,7 +306,7 @@ def _check_inputs(inputs: LossInputs, config: AlgorithmConfig) -> None:
         raise ValueError(f"response_mask.dtype = {inputs.response_mask.dtype}: must be torch.bool; call .bool()")
     shuffled = isinstance(config, FipoConfig) and config.influence == "shuffled"
     needed = {
-        "rollout_log_probs": ("rollout_importance_cap", config.rollout_importance_cap, None, "null"),
+        "rollout_log_probs": ("rollout_correction.kind", config.rollout_correction.kind, "none", "none"),
         "reference_log_probs": ("reference_kl_coefficient", config.reference_kl_coefficient, 0.0, "0"),
         "sequence_numbers": ("influence", "shuffled" if shuffled else None, None, "future_kl"),
     }

@@ -15,6 +15,7 @@ from megatron_fipo.config.baselines import (
     SapoConfig,
 )
 from megatron_fipo.config.policy_gradient import ClippedSurrogateConfig
+from megatron_fipo.config.rollout_correction import RolloutCorrectionConfig
 
 ParticipationMask = Literal["all_tokens", "negative_advantage", "none"]
 SafetyMode = Literal["clamp", "reset"]
@@ -227,7 +228,7 @@ _SHARED_BY_PRESETS: dict[str, Any] = {
     "length_divisor": None,
     "advantage_epsilon": 1e-6,
     "drop_zero_variance_groups": True,
-    "rollout_importance_cap": None,
+    "rollout_correction": RolloutCorrectionConfig(),
     "reference_kl_coefficient": 0.0,
     "reference_kl_estimator": "k3",
     "log_ratio_clamp": 20.0,

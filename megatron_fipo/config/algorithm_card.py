@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_fipo.config.algorithm import FIPO_PRESETS, AlgorithmConfig, FipoConfig
@@ -20,8 +21,9 @@ def effective_algorithm(config: AlgorithmConfig) -> str:
         Lines of text: a heading, then one line a field. Fields that differ from the nearest preset (FIPO) or from
         the algorithm's defaults show the other value too; fields that nothing reads under the other values say why.
     """
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    settings = FIPO_PRESETS if isinstance(config, FipoConfig) else {"defaults": _defaults(config)}
+    values = _flat(dict(_items(config)))
+    presets = FIPO_PRESETS if isinstance(config, FipoConfig) else {"defaults": _defaults(config)}
+    settings = {name: _flat(setting) for name, setting in presets.items()}
     unread = _unread(config)
     differences = {
         name: [key for key, value in setting.items() if values[key] != value and key not in unread]
@@ -38,6 +40,21 @@ def effective_algorithm(config: AlgorithmConfig) -> str:
     return "\n".join(lines)
 
 
+def _items(section: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(section, field.name)) for field in dataclasses.fields(section)]
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted name, those of sections below included."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{name}.{key}": below for key, below in _items(value)}
+        else:
+            flat[name] = value
+    return flat
+
+
 def _defaults(config: AlgorithmConfig) -> dict[str, Any]:
     return {
         field.name: field.default for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING
@@ -51,6 +68,11 @@ def _unread(config: AlgorithmConfig) -> dict[str, str]:
         unread["advantage_epsilon"] = "normalize_advantages_by_std = False"
     if config.reference_kl_coefficient == 0:
         unread["reference_kl_estimator"] = "reference_kl_coefficient = 0"
+    correction = config.rollout_correction.kind
+    if correction == "none":
+        unread |= dict.fromkeys([f"rollout_correction.{key}" for key in ("level", "low", "high")], "kind = none")
+    if correction == "truncate":
+        unread["rollout_correction.low"] = "kind = truncate"
     if isinstance(config, FipoConfig):
         unread |= _unread_by_fipo(config)
     return unread

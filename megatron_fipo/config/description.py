@@ -58,8 +58,13 @@ class SectionDescription:
 
 
 def describe(cls: Any) -> list[SectionDescription]:
-    """Describe a root section and those below it, each followed by its own."""
-    return _describe_section(cls, (), None, "")
+    """Describe a root section and those below it, each followed by its own.
+
+    A section that several variants share comes once, after the last of them.
+    """
+    sections = _describe_section(cls, (), None, "")
+    last = {(section.cls, section.path): place for place, section in enumerate(sections)}
+    return [section for place, section in enumerate(sections) if last[section.cls, section.path] == place]
 
 
 def _describe_section(cls: Any, keys: tuple[str, ...], kind: str | None, section_text: str) -> list[SectionDescription]:

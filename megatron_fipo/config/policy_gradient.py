@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 from megatron_fipo.config.base import config_class, require
+from megatron_fipo.config.rollout_correction import RolloutCorrectionConfig
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "official_micro_batch"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -36,9 +37,8 @@ class PolicyGradientConfig:
     drop_zero_variance_groups: bool = True
     """Dynamic sampling (DAPO): groups whose rewards are all equal are replaced by fresh ones."""
 
-    rollout_importance_cap: float | None = None
-    """Cap of the truncated importance factor min(π_old / π_rollout, cap) on token losses, against the
-    mismatch between trainer and rollout engine. It never enters the Future-KL. Null: no factor."""
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
+    """What is done about tokens whose probability the rollout engine and the trainer disagree on."""
 
     reference_kl_coefficient: float = 0.0
     """Weight β of a KL term towards the initial policy, added to every token's loss. 0 leaves out the term
@@ -87,13 +87,6 @@ class PolicyGradientConfig:
             value=self.advantage_epsilon,
             rule="must be finite and not negative",
             way_out="use 1e-6",
-        )
-        require(
-            self.rollout_importance_cap is None or self.rollout_importance_cap >= 1,
-            field="rollout_importance_cap",
-            value=self.rollout_importance_cap,
-            rule="must be at least 1",
-            way_out="use 2, or null to turn the factor off",
         )
         require(
             0 <= self.reference_kl_coefficient < math.inf,

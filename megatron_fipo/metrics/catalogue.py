@@ -370,6 +370,13 @@ _MISMATCH = Section(
             reduction="mean",
             combination="mean",
         ),
+        Metric(
+            name="train/mismatch_mean_abs_from_<place>",
+            description="Mean |d| on the tokens of responses from this place on, up to the next such metric's.",
+            unit="nats",
+            reduction="mean",
+            combination="mean",
+        ),
         Metric(name="train/mismatch_max", description="Largest |d|.", unit="nats", reduction="max", combination="max"),
         Metric(
             name="train/mismatch_kl",
@@ -395,7 +402,14 @@ _MISMATCH = Section(
         ),
         Metric(
             name="train/rollout_importance_mean",
-            description="Mean truncated importance factor, where algorithm.rollout_importance_cap is set.",
+            description="Mean factor of algorithm.rollout_correction, where there is one.",
+            reduction="mean",
+            combination="mean",
+        ),
+        Metric(
+            name="train/rollout_corrected_fraction",
+            description="Tokens whose factor that correction has truncated, or masked.",
+            unit="fraction",
             reduction="mean",
             combination="mean",
         ),

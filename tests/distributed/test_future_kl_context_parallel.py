@@ -12,6 +12,7 @@ from megatron_fipo.algorithms.future_kl import context_parallel, reference
 from megatron_fipo.algorithms.policy_loss import LossInputs, LossOutput, policy_loss
 from megatron_fipo.config.algorithm import AlgorithmConfig, FipoConfig
 from megatron_fipo.config.baselines import DapoConfig, GrpoConfig
+from megatron_fipo.config.rollout_correction import RolloutCorrectionConfig
 from megatron_fipo.parallel.layout import PackLayout, Scheme
 from megatron_fipo.parallel.packs import gather_pack
 from megatron_fipo.types import Accumulator, merge_metrics
@@ -28,13 +29,18 @@ SCHEMES: tuple[Scheme, ...] = ("zigzag", "contiguous")
 LOSS_SCHEMES: dict[int, Scheme] = {2: "contiguous", 4: "zigzag"}
 """How the losses' pack is cut, by the number of ranks."""
 
+TIS = RolloutCorrectionConfig(kind="truncate", high=2.0)
+ICEPOP = RolloutCorrectionConfig(kind="mask", low=0.95, high=1.05)
+MASKED_RESPONSES = RolloutCorrectionConfig(kind="mask", level="sequence", low=0.999, high=1.001)
 LOSSES: dict[str, AlgorithmConfig] = {
     "official-32b": FipoConfig.preset("official-32b"),
     "official-7b": FipoConfig.preset("official-7b", dual_clip=3.0),
     "token mean": FipoConfig.preset("official-7b", aggregation="token_mean", dual_clip=3.0),
     "sequence mean": FipoConfig.preset("official-7b", aggregation="sequence_mean", dual_clip=3.0),
     "paper-v1": FipoConfig.preset("paper-v1", decay_half_life_tokens=256.0),
-    "paper-v2": FipoConfig.preset("paper-v2", rollout_importance_cap=2.0),
+    "paper-v2": FipoConfig.preset("paper-v2", rollout_correction=TIS),
+    "masked tokens": FipoConfig.preset("official-7b", dual_clip=3.0, rollout_correction=ICEPOP),
+    "masked responses": FipoConfig.preset("paper-v2", rollout_correction=MASKED_RESPONSES),
     "dapo": DapoConfig(),
     "dapo, official averaging": DapoConfig(aggregation="official_micro_batch"),
     "grpo": GrpoConfig(),
@@ -240,8 +246,8 @@ def test_the_loss_does_not_depend_on_the_number_of_ranks(ranks):
         joined_mask = layout.unshard([part["kept_mask"] for part in parts])
         assert torch.equal(joined_mask, one["kept_mask"]), case
         assert_metrics_agree([part["metrics"] for part in parts], one["metrics"], case)
-        fipo = isinstance(LOSSES[name], FipoConfig)
-        assert all(part["collectives"] == int(fipo) for part in parts), case
+        expected = int(isinstance(LOSSES[name], FipoConfig)) + int(name == "masked responses")
+        assert all(part["collectives"] == expected for part in parts), case
         assert one["collectives"] == 0
 
 
@@ -259,6 +265,13 @@ def assert_metrics_agree(parts: list[dict], one: dict, case: str) -> None:
         assert float(merged[key].total) == pytest.approx(total, rel=1e-6, abs=1e-9), (case, key)
         # A count of tokens is exact; what a ratio divides by is a sum of its own.
         assert float(merged[key].count) == pytest.approx(count, rel=1e-7), (case, key)
+
+
+@pytest.mark.parametrize(("name", "most"), [("masked tokens", 0.6), ("masked responses", 0.9)])
+def test_the_cases_mask_some_tokens_and_not_others(name, most):
+    pack = on_rank(whole_pack(1, 0.2), 1, 0)
+    masked = policy_loss(pack, LOSSES[name]).metrics["train/rollout_corrected_fraction"]
+    assert 0 < float(masked.total / masked.count) < most
 
 
 def test_the_cases_reach_the_sequence_drop():

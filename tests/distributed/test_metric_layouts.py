@@ -13,13 +13,15 @@ import torch.distributed as dist
 
 from megatron_fipo.algorithms.policy_loss import LossInputs, policy_loss
 from megatron_fipo.config.algorithm import FipoConfig
+from megatron_fipo.config.rollout_correction import RolloutCorrectionConfig
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.metrics.reduce import reduce_metrics
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.types import Metrics, merge_metrics, render_metrics
 from tests.distributed_helpers import run_distributed
 
-CONFIG = FipoConfig.preset("official-7b", dual_clip=6.0, rollout_importance_cap=2.0)
+MIS = RolloutCorrectionConfig(kind="mask", level="sequence", low=0.999, high=1.001)
+CONFIG = FipoConfig.preset("official-7b", dual_clip=6.0, rollout_correction=MIS)
 NUM_SEQUENCES = 24
 # Data-parallel × context-parallel size, and sequences of a micro-batch.
 GRIDS = [(4, 1, 1), (4, 1, 5), (2, 2, 3), (2, 2, 12), (1, 4, 24), (1, 4, 7)]

@@ -14,6 +14,7 @@ from megatron_fipo.actor.shard import packing_rules, shard_micro_batches
 from megatron_fipo.actor.train_step import TrainStep, UpdateResult
 from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.config.optimizer import OptimizerConfig
+from megatron_fipo.config.rollout_correction import RolloutCorrectionConfig
 from megatron_fipo.platform.device import compute_device
 from megatron_fipo.rollout.batch import build_train_batch
 from megatron_fipo.types import Prompt, RolloutGroup, Sample, TrainBatch
@@ -100,7 +101,7 @@ def train(root: Path, versions: int, config: FipoConfig) -> Rollouts:
 
 
 def train_all(root: Path) -> dict[str, Rollouts]:
-    capped = replace(FIPO, rollout_importance_cap=CAP)
+    capped = replace(FIPO, rollout_correction=RolloutCorrectionConfig(kind="truncate", high=CAP))
     return {
         "one version": train(root, 1, FIPO),
         "two versions": train(root, 2, FIPO),

@@ -40,7 +40,13 @@ def test_a_step_has_the_metrics_that_are_declared(run_directory: Path) -> None:
     families = {CATALOGUE.find(key)[0].name for key in line}
     declared = {metric.name for section in CATALOGUE.sections for metric in section.metrics}
     absent = {name for name in declared - families if not name.startswith(("eval/", "data/", "rollout/", "reward/"))}
-    of_settings = {"train/rollout_importance_mean", "train/reference_kl", "train/reference_kl_k3"}
+    of_settings = {
+        "train/rollout_importance_mean",
+        "train/rollout_corrected_fraction",
+        "train/routing_mismatch_fraction",
+        "train/reference_kl",
+        "train/reference_kl_k3",
+    }
     assert absent == of_settings, "they have settings of their own"
     assert {"rollout/accuracy", "rollout/truncated_fraction", "rollout/response_length_p95"} <= set(line)
     assert len(line["train/loss_by_update"]) == UPDATES

@@ -21,6 +21,7 @@ from megatron_fipo.config.baselines import (
     GspoConfig,
     SapoConfig,
 )
+from megatron_fipo.config.rollout_correction import RolloutCorrectionConfig
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.parallel.layout import PackLayout
 from tests.unit.algorithms.baseline_formulas import (
@@ -33,6 +34,7 @@ from tests.unit.algorithms.baseline_formulas import (
 )
 
 SPREADS = [0.0, 3e-4, 0.05, 0.5, 2.0]
+TIS = RolloutCorrectionConfig(kind="truncate", high=2.0)
 WIDE = {"clip_low": 0.999999, "clip_high": 1e9, "dual_clip": None}
 
 
@@ -272,7 +274,7 @@ def test_one_token_is_enough(name: str) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("garbage", [0.0, math.inf, -math.inf, 1e30])
 def test_what_lies_outside_the_mask_is_never_read(name: str, garbage: float) -> None:
-    config = dataclasses.replace(ALGORITHMS[name], rollout_importance_cap=2.0, reference_kl_coefficient=0.1)
+    config = dataclasses.replace(ALGORITHMS[name], rollout_correction=TIS, reference_kl_coefficient=0.1)
     batch = rows(seed=9, spread=0.5)
     more = {"rollout_log_probs": batch["old_log_probs"] + 0.1, "reference_log_probs": batch["old_log_probs"] - 0.2}
     clean, gradient = loss_and_gradient(batch, config, **more)
@@ -355,7 +357,7 @@ def test_clip_fractions_count_what_the_algorithm_cuts_off(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_metric_is_in_the_catalogue(name: str) -> None:
-    config = dataclasses.replace(ALGORITHMS[name], rollout_importance_cap=2.0, reference_kl_coefficient=0.1)
+    config = dataclasses.replace(ALGORITHMS[name], rollout_correction=TIS, reference_kl_coefficient=0.1)
     batch = rows(seed=11, spread=0.5)
     more = {"rollout_log_probs": batch["old_log_probs"], "reference_log_probs": batch["old_log_probs"]}
     for key in policy_loss_on_rows(**batch, config=config, **more).metrics:

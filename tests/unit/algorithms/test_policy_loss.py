@@ -9,10 +9,12 @@ from megatron_fipo.algorithms.losses import fipo_loss, policy_loss_on_rows
 from megatron_fipo.algorithms.policy_loss import LossInputs, policy_loss
 from megatron_fipo.config.algorithm import FipoConfig
 from megatron_fipo.config.baselines import DapoConfig, GrpoConfig
+from megatron_fipo.config.rollout_correction import RolloutCorrectionConfig
 from megatron_fipo.parallel.layout import PackLayout
 from megatron_fipo.types import render_metrics
 from tests.unit.algorithms.responses import pack, random_responses, response, update
 
+TIS = RolloutCorrectionConfig(kind="truncate", high=2.0)
 AGGREGATIONS = ["token_mean", "sequence_mean", "official_micro_batch"]
 
 
@@ -203,7 +205,7 @@ def test_nothing_but_filler_gives_zero(section, aggregation):
 @pytest.mark.parametrize("section", [FipoConfig, DapoConfig, GrpoConfig])
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
 def test_what_lies_outside_the_mask_is_never_read(section, garbage):
-    config = section(rollout_importance_cap=2.0)
+    config = section(rollout_correction=TIS)
     batch = rows()
     rollout = batch["old_log_probs"] + 0.1
     clean = _LOSSES[section](**batch, config=config, rollout_log_probs=rollout)
@@ -232,7 +234,7 @@ def test_nan_on_a_response_token_surfaces(section, where):
     batch["rollout_log_probs"] = batch["old_log_probs"].clone()
     batch[where] = batch[where].detach().clone()
     batch[where][1, 20] = math.nan
-    result = _LOSSES[section](**batch, config=section(rollout_importance_cap=2.0))
+    result = _LOSSES[section](**batch, config=section(rollout_correction=TIS))
     assert math.isnan(float(result.loss.detach()))
 
 
@@ -292,8 +294,8 @@ def test_truncated_rollout_importance_scales_the_loss_but_not_the_future_kl():
     batch = rows()
     plain = fipo_loss(**batch, config=FipoConfig())
     rollout = batch["old_log_probs"] - math.log(1.5)
-    scaled = fipo_loss(**batch, config=FipoConfig(rollout_importance_cap=2.0), rollout_log_probs=rollout)
-    capped = fipo_loss(**batch, config=FipoConfig(rollout_importance_cap=2.0), rollout_log_probs=rollout - 5.0)
+    scaled = fipo_loss(**batch, config=FipoConfig(rollout_correction=TIS), rollout_log_probs=rollout)
+    capped = fipo_loss(**batch, config=FipoConfig(rollout_correction=TIS), rollout_log_probs=rollout - 5.0)
     torch.testing.assert_close(scaled.loss, 1.5 * plain.loss)
     torch.testing.assert_close(capped.loss, 2.0 * plain.loss)
     assert torch.equal(scaled.future_kl, plain.future_kl)
@@ -420,7 +422,7 @@ def test_a_weight_of_one_is_not_at_a_bound():
         ("entropy", torch.zeros(2, 2), r"entropy.shape = \(2, 2\)"),
         ("response_lengths", torch.zeros(1, dtype=torch.int64), "the layout has 2 sequences"),
         ("response_mask", torch.ones(4), "response_mask.dtype = torch.float32: must be torch.bool"),
-        ("rollout_log_probs", None, "rollout_importance_cap = 2.0 needs them"),
+        ("rollout_log_probs", None, "rollout_correction.kind = truncate needs them"),
         ("layout", PackLayout((4, 4), cp_size=2), "group = None: the layout has cp_size = 2"),
     ],
 )
@@ -436,7 +438,7 @@ def test_inputs_that_do_not_fit_are_refused(name, value, message):
     }
     inputs[name] = value
     with pytest.raises(ValueError, match=message):
-        policy_loss(LossInputs(**inputs), FipoConfig(rollout_importance_cap=2.0))
+        policy_loss(LossInputs(**inputs), FipoConfig(rollout_correction=TIS))
 
 
 def test_flat_rows_are_refused():

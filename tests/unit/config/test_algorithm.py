@@ -15,6 +15,7 @@ from megatron_fipo.config.baselines import (
     GspoConfig,
     SapoConfig,
 )
+from megatron_fipo.config.rollout_correction import RolloutCorrectionConfig
 
 # What no published setting changes.
 SILENT = {
@@ -40,7 +41,7 @@ OFFICIAL_32B = {
     "normalize_advantages_by_std": True,
     "advantage_epsilon": 1e-6,
     "drop_zero_variance_groups": True,
-    "rollout_importance_cap": None,
+    "rollout_correction": {"kind": "none", "level": "token", "low": 0.0, "high": 2.0},
     "log_ratio_clamp": 20.0,
     "type": "fipo",
     "decay_half_life_tokens": 32.0,
@@ -117,7 +118,6 @@ def test_defaults():
         ({"dual_clip": 1.0}, "above 1"),
         ({"dual_clip": 1e9}, "below exp"),
         ({"advantage_epsilon": -1e-6}, "not negative"),
-        ({"rollout_importance_cap": 0.5}, "at least 1"),
         ({"log_ratio_clamp": 0.0}, r"\(0, 80\]"),
         ({"log_ratio_clamp": 1e6}, r"\(0, 80\]"),
         ({"reference_kl_coefficient": -0.1}, "not negative"),
@@ -130,6 +130,24 @@ def test_values_out_of_range_are_refused(section, values, message):
     (field,) = values
     with pytest.raises(ConfigError, match=message) as error:
         section(**values)
+    assert error.value.field == field
+    assert error.value.way_out
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "message"),
+    [
+        ({"kind": "mask", "low": -0.1}, "low", r"\[0, 1\]"),
+        ({"kind": "mask", "low": 1.1}, "low", r"\[0, 1\]"),
+        ({"kind": "mask", "low": math.nan}, "low", r"\[0, 1\]"),
+        ({"kind": "truncate", "high": 0.9}, "high", "at least 1 and finite"),
+        ({"kind": "mask", "high": math.inf}, "high", "at least 1 and finite"),
+        ({"kind": "truncate", "low": 0.5}, "low", "must be 0 with kind = truncate"),
+    ],
+)
+def test_bounds_of_a_correction_that_agreement_would_break_are_refused(values, field, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        RolloutCorrectionConfig(**values)
     assert error.value.field == field
     assert error.value.way_out
 
@@ -192,7 +210,8 @@ def test_infinite_half_life_and_safety_threshold_are_allowed():
 def test_card_names_the_preset(name):
     card = effective_algorithm(FipoConfig.preset(name)).splitlines()
     assert card[0] == f"fipo: equals {name}"
-    assert len(card) == len(dataclasses.fields(FipoConfig))
+    # A heading instead of the type, and a line for each field of the section below.
+    assert len(card) == len(dataclasses.fields(FipoConfig)) - 1 + len(dataclasses.fields(RolloutCorrectionConfig))
 
 
 def test_card_names_the_differences():
@@ -201,6 +220,17 @@ def test_card_names_the_differences():
     assert card[0] == "fipo: official-7b except decay_half_life_tokens"
     assert "  decay_half_life_tokens = 128.0  (official-7b: 32.0)" in card
     assert "  influence_clip_low = 0.8" in card
+
+
+def test_card_tells_the_section_below_field_by_field():
+    card = effective_algorithm(FipoConfig.preset("paper-v2")).splitlines()
+    assert "  rollout_correction.kind = none" in card
+    assert "  rollout_correction.high = 2.0  (without effect: kind = none)" in card
+    correction = RolloutCorrectionConfig(kind="truncate", level="sequence")
+    card = effective_algorithm(FipoConfig.preset("paper-v2", rollout_correction=correction)).splitlines()
+    assert card[0] == "fipo: paper-v2 except rollout_correction.kind, rollout_correction.level"
+    assert "  rollout_correction.kind = truncate  (paper-v2: none)" in card
+    assert "  rollout_correction.low = 0.0  (without effect: kind = truncate)" in card
 
 
 def test_card_of_the_baselines():

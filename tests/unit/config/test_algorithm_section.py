@@ -12,6 +12,7 @@ from megatron_fipo.config.algorithm_card import effective_algorithm
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.help import help_text
 from megatron_fipo.config.load import dump_config, load_config
+from megatron_fipo.config.rollout_correction import RolloutCorrectionConfig
 from megatron_fipo.config.run import RunConfig
 
 SECTIONS = {section.__dataclass_fields__["type"].default: section for section in get_args(AlgorithmConfig)}
@@ -70,7 +71,22 @@ def test_the_help_lists_every_field_of_the_algorithm(name: str) -> None:
     start = next(index for index, line in enumerate(lines) if line.startswith(f"algorithm (type {name}):"))
     end = next((index for index in range(start + 1, len(lines)) if not lines[index].startswith("  ")), len(lines))
     options = {line.split()[0] for line in lines[start:end] if line.startswith("  --")}
-    assert options == {f"--algorithm.{field.name}" for field in dataclasses.fields(SECTIONS[name])}
+    own = {field.name for field in dataclasses.fields(SECTIONS[name])} - {"rollout_correction"}
+    assert options == {f"--algorithm.{field}" for field in own}
+
+
+def test_the_help_lists_the_section_that_algorithms_share_once() -> None:
+    lines = help_text(RunConfig, "megatron-fipo train", width=200).splitlines()
+    assert sum(line.startswith("algorithm.rollout_correction:") for line in lines) == 1
+    assert sum("--algorithm.rollout_correction." in line for line in lines) == 4
+
+
+def test_a_correction_is_written_in_a_file_and_changed_on_the_command_line(tmp_path: Path) -> None:
+    file = write_file(tmp_path, "algorithm: {type: dapo, rollout_correction: {kind: mask, low: 0.5, high: 5}}")
+    config = load_config(RunConfig, file, ["--algorithm.rollout_correction.high", "3"])
+    assert config.algorithm.rollout_correction == RolloutCorrectionConfig(kind="mask", low=0.5, high=3.0)
+    with pytest.raises(ConfigError, match=r"algorithm\.rollout_correction\.high = 0\.5: must be at least 1"):
+        load_config(RunConfig, file, ["--algorithm.rollout_correction.high", "0.5"])
 
 
 @pytest.mark.parametrize("name", SECTIONS)
