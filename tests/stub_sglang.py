@@ -11,6 +11,7 @@ import orjson
 from aiohttp import web
 
 from megatron_fipo.rollout.server_registry import ServerLife
+from megatron_fipo.rollout.sglang_client import policy_version_of
 from megatron_fipo.runtime.errors import RunError
 
 VOCABULARY = 500
@@ -133,7 +134,7 @@ class StubSglang:
             if min(end, count) > start:
                 spans.append({"version": version, "start": start, "end": min(end, count)})
                 start = min(end, count)
-        versions = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+        versions = [policy_version_of(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
         finish = {"type": "abort", "message": "Aborted"} if aborted else {"type": "length", "length": count}
         return {
             "text": "",
