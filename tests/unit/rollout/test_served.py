@@ -283,7 +283,7 @@ SCHEDULES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     config=SCHEDULES,
     mode=st.sampled_from(["abort", "retract", "in_place"]),
