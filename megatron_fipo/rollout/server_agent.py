@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import sys
@@ -35,6 +36,8 @@ from megatron_fipo.runtime.errors import RunError
 log = logging.getLogger(__name__)
 
 CONTROLLER_FILE = "controller.json"
+# A server listens a minute after its port was chosen: not at one that the kernel may give to a connection meanwhile.
+SERVER_PORTS = range(7900, 8900)
 BEAT_S = 1.0
 """Time between two reports; a change is reported at once."""
 CONTROLLER_LOST_S = 10.0
@@ -248,9 +251,11 @@ def _address_towards(url: str) -> str:
 
 
 def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """A port that nobody listens on; at random, so that agents of several runs on a node seldom choose the same."""
+    for port in random.sample(SERVER_PORTS, len(SERVER_PORTS)):
+        with contextlib.suppress(OSError), socket.create_server((host, port)):
+            return port
+    raise RunError(f"no port from {SERVER_PORTS[0]} to {SERVER_PORTS[-1]} of {host} is free")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def main(log: str, command: list[str]) -> int:
         process_group=0,
         preexec_fn=end_with_guard,
     )
+    os.close(descriptor)
     try:
         with suppress(BrokenPipeError):
             os.write(1, b"%d\n" % server.pid)

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from aiohttp import web
 
-from megatron_fipo.rollout.server_registry import AGENT_LOST_S, Report, ServerRegistry
+from megatron_fipo.rollout.server_registry import Report, ServerRegistry
 
+AGENT_LOST_S = 15.0
+"""Silence after which an agent counts as lost, with its servers."""
 _CHECK_EVERY_S = 1.0
 
 
@@ -53,7 +55,7 @@ class ServerListener:
             # What agents said while this process itself was busy or stopped is yet to be heard.
             late_s = loop.time() - asked_at - _CHECK_EVERY_S
             if late_s < _CHECK_EVERY_S:
-                self._registry.lose_silent_agents(loop.time() - AGENT_LOST_S)
+                self._registry.lose_silent_agents(AGENT_LOST_S)
             else:
                 for agent in self._registry.agents:
                     agent.seen_at += late_s
@@ -82,7 +84,8 @@ class ServerListener:
         message = await request.json()
         agent = self._registry.register(message["host"], message["free_port"])
         if agent is None:
-            raise web.HTTPConflict(text="the run has all the agents that rollout.sglang.num_agents asks for")
+            reason = "ends" if self._registry.closing else "has all the agents that rollout.sglang.num_agents asks for"
+            raise web.HTTPConflict(text=f"the run {reason}")
         settings = asdict(self._registry.settings)
         return web.json_response({"key": agent.key, "api_key": self._registry.api_key, "settings": settings})
 

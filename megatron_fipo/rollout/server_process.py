@@ -14,7 +14,7 @@ import aiohttp
 from megatron_fipo.rollout import server_guard
 
 PROBE_INTERVAL_S = 0.2
-STOP_GRACE_S = 10.0
+STOP_GRACE_S = 5.0
 """Between SIGTERM and SIGKILL. SGLang lets running requests finish, which nobody waits for."""
 _TAIL_LINES = 25
 
@@ -90,7 +90,7 @@ class ServerProcess:
         Returns:
             How it ended, with the end of its log.
         """
-        status = await self.guard.wait()
+        status = await self._wait_for_guard()
         # The guard has done so, unless it was killed itself.
         self._kill_group()
         return f"{_how(status)}; {self._log_end()}"
@@ -103,12 +103,20 @@ class ServerProcess:
             await self.guard.stdin.drain()
         try:
             async with asyncio.timeout(grace_s + STOP_GRACE_S):
-                await self.guard.wait()
+                await self._wait_for_guard()
         except TimeoutError:
             # Stopped by SIGSTOP, for example.
             self.guard.kill()
-            await self.guard.wait()
+            await self._wait_for_guard()
         self._kill_group()
+
+    async def _wait_for_guard(self) -> int:
+        assert self.guard.stdin is not None and self.guard.stdout is not None
+        status = await self.guard.wait()
+        # Lets go of the pipes.
+        self.guard.stdin.close()
+        await self.guard.stdout.read()
+        return status
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError):

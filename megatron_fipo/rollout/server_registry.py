@@ -17,8 +17,6 @@ from megatron_fipo.runtime.errors import RunError
 
 log = logging.getLogger(__name__)
 
-AGENT_LOST_S = 15.0
-"""Silence after which an agent counts as lost, with its servers."""
 FIRST_BACK_OFF_S = 1.0
 LONGEST_BACK_OFF_S = 60.0
 
@@ -297,11 +295,11 @@ class ServerRegistry:
                 self._end(server, reason)
         self._tell()
 
-    def lose_silent_agents(self, silent_since: float) -> None:
-        """Count agents as lost that were not heard of since a time on the event loop's clock."""
+    def lose_silent_agents(self, silence_s: float) -> None:
+        """Count agents as lost that were not heard of for so long."""
         for agent in self.agents:
-            if agent.seen_at < silent_since:
-                self.lose(agent, f"the agent of rollout node {agent.place} was not heard of for {AGENT_LOST_S:g} s")
+            if agent.seen_at < asyncio.get_running_loop().time() - silence_s:
+                self.lose(agent, f"the agent of rollout node {agent.place} was not heard of for {silence_s:g} s")
 
     def stop_hoping(self, reason: str) -> None:
         """No agent will register any more for the nodes without one."""

@@ -27,6 +27,7 @@ def main() -> None:
         def do_GET(self) -> None:
             open_to_all = self.path == "/ready" or key is None
             self.send_response(200 if open_to_all or self.headers["Authorization"] == f"Bearer {key}" else 401)
+            self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(json.dumps({"tp_size": arguments.tp_size}).encode())
 

@@ -1,6 +1,7 @@
 """Servers through agents, where a small HTTP server stands for SGLang: who is there, restarts, and what ends when."""
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -80,7 +81,7 @@ def test_servers_start_restart_and_end(model: ModelConfig, tmp_path: Path) -> No
             # A key of the run's own, which no command line shows.
             assert [await status_of(first.url, key) for key in (pool.api_key, None)] == [200, 401]
             groups = [group_of(folder, life.name) for life in pool.lives]
-            assert not any(pool.api_key in " ".join(process.cmdline()) for process in processes_of_this_user())
+            assert not any(pool.api_key in line for line in command_lines())
 
             # One that is asked to be restarted, which leaves at once, and one that dies by itself.
             await pool.restart(first.name, "it does not answer")
@@ -96,8 +97,14 @@ def test_servers_start_restart_and_end(model: ModelConfig, tmp_path: Path) -> No
         wait_until_empty(group)
 
 
-def processes_of_this_user() -> list[psutil.Process]:
-    return [process for process in psutil.process_iter() if process.uids().real == os.getuid()]
+def command_lines(process: psutil.Process | None = None) -> dict[str, psutil.Process]:
+    """Processes by their command lines: all, or a process's children."""
+    processes = psutil.process_iter() if process is None else process.children()
+    found = {}
+    for each in processes:
+        with contextlib.suppress(psutil.Error):
+            found[" ".join(each.cmdline())] = each
+    return found
 
 
 def test_a_server_that_cannot_start_ends_the_run_with_its_log(
@@ -120,7 +127,7 @@ def test_a_lost_agent_takes_its_servers_along_and_is_replaced(model: ModelConfig
         async with open_pool(model, rollout(), folder) as pool:
             await until(pool, lambda: len(pool.lives) == 1)
             group = group_of(folder, "server0.life1")
-            (agent,) = [child for child in psutil.Process().children() if "server_agent" in " ".join(child.cmdline())]
+            (agent,) = [child for line, child in command_lines(psutil.Process()).items() if "server_agent" in line]
             agent.kill()
             await until(pool, lambda: not pool.lives)
             await until(pool, lambda: [life.name for life in pool.lives] == ["server0.life2"])
@@ -158,7 +165,7 @@ def test_nothing_is_left_when_the_controller_is_killed(model: ModelConfig, tmp_p
         (agent,) = psutil.Process(controller.pid).children()
         groups = [os.getpgid(agent.pid), group_of(tmp_path / "servers", "server0.life1")]
         controller.kill()
-        await controller.wait()
+        await controller.communicate()
         return groups
 
     for group in asyncio.run(scenario()):
@@ -186,13 +193,14 @@ def test_agents_of_other_nodes_come_and_go(model: ModelConfig, tmp_path: Path, m
             # The part that answers nobody dies, and both begin anew.
             os.kill(group_of(folder, "server0.life1.node1"), signal.SIGKILL)
             await until(pool, lambda: [life.name for life in pool.lives] == ["server0.life2"])
-            logs = [(folder / f"server0.life2.node{rank}.log").read_text() for rank in range(2)]
-            assert logs == ["the stand-in starts\n"] * 2
+            assert group_of(folder, "server0.life2.node1")
             agents[1].cancel()
             with pytest.raises(RunError, match="server 0: the agent of rollout node 1 has ended"):
                 await until(pool, lambda: False)
             # Another one may take its place.
             agents[1] = asyncio.create_task(ServerAgent(address, folder).run())
+            while pool.num_coming == 0:
+                await asyncio.sleep(0.01)
             await until(pool, lambda: len(pool.lives) == 1)
         async with asyncio.timeout(30.0):
             await asyncio.gather(*agents)
