@@ -6,6 +6,7 @@ The ranks meet in the sender's key-value store, under the group's name. What a s
 
 import socket
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -44,7 +45,9 @@ def join_group(
         timeout: How long joining, and then each collective, may take.
     """
     store = TCPStore(*address, is_master=False, timeout=timeout)
-    group, _ = _new_process_group_helper(
+    # The types of its arguments differ between PyTorch's releases.
+    make: Any = _new_process_group_helper
+    group, _ = make(
         world_size,
         rank,
         [],
@@ -55,7 +58,8 @@ def join_group(
     )
     # Sources of collectives are given as global ranks, which this table translates.
     _world.pg_group_ranks[group] = {each: each for each in range(world_size)}
-    return group
+    joined: dist.ProcessGroup = group
+    return joined
 
 
 def leave_group(group: dist.ProcessGroup) -> None:

@@ -42,7 +42,7 @@ class TensorTransport:
 
     def __init__(self, bridge: HfBridge, model: list[Any], config: WeightSyncConfig, calls: ServerCalls) -> None:
         self.bridge, self.model, self.config, self.calls = bridge, model, config, calls
-        self._format = _HandleFormat()
+        self._format = HandleFormat()
         self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
@@ -126,8 +126,8 @@ class TensorTransport:
 
 
 @dataclass(frozen=True, slots=True)
-class _HandleFormat:
-    """Makes a buffer's handle as SGLang reads it."""
+class HandleFormat:
+    """Makes a handle of a buffer as SGLang reads it."""
 
     def __post_init__(self) -> None:
         if uses_cuda():
