@@ -1,0 +1,82 @@
+"""How runs with servers end early: with one error on every rank, and nothing left running.
+
+A stand-in takes SGLang's place here; it never generates.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fipo.config.run import RunConfig
+from megatron_fipo.config.sglang import SglangConfig
+from megatron_fipo.runtime.logging import quiet_upstream
+from megatron_fipo.trainer.state import Run
+from tests.distributed_helpers import run_distributed
+from tests.integration.small_runs import prompts, run_to_its_end, small_run, write_inputs
+from tests.marked_processes import left_after, mark_own_children
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1000)]
+
+STAND_IN = Path(__file__).parents[1] / "stand_in_sglang"
+PATIENCE_S = 60.0
+
+type End = tuple[tuple[str, ...], list[str]]
+"""How a run ended on a rank, and the processes that it left behind."""
+
+
+def served_run(root: Path, name: str, **changes: Any) -> RunConfig:
+    rollout = {"engine": "sglang", "sglang": SglangConfig(max_restarts=0)}
+    return small_run(root, name, rollout=rollout, **changes)
+
+
+def kill_controller(run: Run) -> None:
+    link = run.rollout.calls.link  # type: ignore[union-attr]
+    if link is not None:
+        link.process.kill()
+
+
+def run_one(root: Path, name: str, variables: dict[str, str], changes: dict[str, Any], change: Any = None) -> End:
+    os.environ.update(variables)
+    mark_own_children(f"{root}/{name}")
+    ended = run_to_its_end(served_run(root, name, **changes), change)
+    for variable in variables:
+        del os.environ[variable]
+    return ended.error, left_after(f"{root}/{name}", PATIENCE_S)
+
+
+def run_all(root: Path) -> dict[str, End]:
+    quiet_upstream()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")])
+    absent = {"data": prompts(root, train="absent")}
+    runs: dict[str, Callable[[str], End]] = {
+        "bad_data": lambda name: run_one(root, name, {}, absent),
+        "dead_servers": lambda name: run_one(root, name, {"STAND_IN_FAILS": "1"}, {}),
+        "dead_controller": lambda name: run_one(root, name, {"STAND_IN_DELAY_S": "600"}, {}, kill_controller),
+    }
+    return {name: run(name) for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, End]]:
+    return run_distributed(run_all, 2, write_inputs(tmp_path_factory.mktemp("ends")), timeout_s=900.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "texts"),
+    [
+        ("bad_data", "ConfigError", ["data.train.path = ", "must be a readable file"]),
+        ("dead_servers", "RunError", ["no SGLang server is left"]),
+        ("dead_controller", "ControllerEndedError", ["the rollout controller", "was killed by signal 9"]),
+    ],
+)
+def test_every_rank_has_the_error_and_nothing_is_left(
+    name: str, kind: str, texts: list[str], ends: list[dict[str, End]]
+) -> None:
+    for rank, of_rank in enumerate(ends):
+        error, left = of_rank[name]
+        assert error and error[0] == kind, f"rank {rank}: {error}"
+        assert all(text in error[1] for text in texts), error[1]
+        assert left == []
