@@ -51,6 +51,15 @@ def _wait_for_nothing(module: Any) -> None:
     module.torch.cuda.synchronize = _do_nothing
 
 
+def _have_no_nccl(module: Any) -> None:
+    """Hide the NCCL that a PyTorch for CUDA brings along: ranks of a server would open a CUDA device for it."""
+
+    def find_none(*_args: Any) -> None:
+        raise OSError("NCCL is for CUDA")
+
+    module.NCCLLibrary = find_none
+
+
 def _do_nothing(*_args: Any, **_kwargs: Any) -> None:
     pass
 
@@ -58,6 +67,7 @@ def _do_nothing(*_args: Any, **_kwargs: Any) -> None:
 AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "sglang.version": _check_version,
     "torch": _compile_nothing,
+    "sglang.srt.distributed.device_communicators.pynccl": _have_no_nccl,
     "sglang.srt.mem_cache.pool_host.common": _pin_nothing,
     "sglang.srt.utils.weight_checker": _wait_for_nothing,
 }

@@ -56,6 +56,10 @@ def test_another_release_is_refused(tmp_path: Path) -> None:
         ("kernels/ops/kvcache/cache_move.py", "if _is_cpu:\n    from sgl_kernel import copy_all_layer_kv_cache_cpu"),
         ("srt/models/registry.py", "if external_pkg := envs.SGLANG_EXTERNAL_MODEL_PACKAGE.get():"),
         ("srt/layers/vocab_parallel_embedding.py", "@torch.compile("),
+        (
+            "srt/distributed/device_communicators/pynccl.py",
+            "        try:\n            self.nccl = NCCLLibrary(library_path)",
+        ),
     ],
 )
 def test_sglang_still_needs_it(place: str, needs: str) -> None:
