@@ -229,15 +229,19 @@ def test_an_agent_that_falls_silent_is_lost(
                 *(sys.executable, "-c", f"{program}asyncio.run(serve(Path({str(folder)!r}), 60.0))"),
                 stderr=asyncio.subprocess.PIPE,
             )
-            await until(pool, lambda: len(pool.lives) == 1)
-            group = group_of(folder, "server0.life1")
-            agent.send_signal(signal.SIGSTOP)
-            with pytest.raises(RunError, match="the agent of rollout node 0 was not heard of for 3 s"):
-                await until(pool, lambda: False)
-            # It learns that nobody counts on it any more.
-            agent.send_signal(signal.SIGCONT)
-            _, said = await agent.communicate()
-            assert "the controller turned this agent away (410)" in said.decode()
+            try:
+                await until(pool, lambda: len(pool.lives) == 1)
+                group = group_of(folder, "server0.life1")
+                agent.send_signal(signal.SIGSTOP)
+                with pytest.raises(RunError, match="the agent of rollout node 0 was not heard of for 3 s"):
+                    await until(pool, lambda: False)
+                # It learns that nobody counts on it any more.
+                agent.send_signal(signal.SIGCONT)
+                _, said = await agent.communicate()
+                assert "the controller turned this agent away (410)" in said.decode()
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    agent.kill()
             return group
 
     wait_until_empty(asyncio.run(scenario()))
