@@ -390,7 +390,7 @@ def masked_and_missing(root: Path) -> list[tuple[UpdateResult, dict[str, Tensor]
         **{
             field.name: getattr(whole, field.name)[tokens if field.name in PER_TOKEN_FIELDS else kept]
             for field in dataclasses.fields(whole)
-            if field.name != "temperature"
+            if field.name not in ("temperature", "routing_file")
         },
         temperature=1.0,
     )
