@@ -63,6 +63,7 @@ OF_LOG_PROBS = {
     "train/mismatch_kl_k3",
     "train/mismatch_max",
     "train/mismatch_mean_abs",
+    "train/mismatch_mean_abs_from_0",
 }
 
 
