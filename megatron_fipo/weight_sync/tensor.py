@@ -135,6 +135,7 @@ class HandleFormat:
             importlib.import_module("sglang.srt.utils.patch_torch").monkey_patch_torch_reductions()
         else:
             # Descriptors of open files, the default, cannot be handed to a process of another program: it would end.
+            # What PyTorch starts to look after such memory lives as long as the server, and keeps stderr open.
             torch.multiprocessing.set_sharing_strategy("file_system")
 
     def dump(self, buffer: Tensor, places: Sequence[FlatTensor]) -> str:
