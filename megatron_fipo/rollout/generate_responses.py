@@ -221,7 +221,8 @@ def _read_entries(text: bytes) -> tuple[IntArray, FloatArray] | None:
     ids, log_probs = table.column("id"), table.column("log_prob")
     if ids.null_count or log_probs.null_count:
         return None
-    return ids.to_numpy(), log_probs.to_numpy()
+    # A copy is writeable, and lets go of the parser's larger block.
+    return ids.to_numpy(), log_probs.to_numpy().copy()
 
 
 def _read_slowly(body: bytes) -> _Parts:
