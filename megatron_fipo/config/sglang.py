@@ -36,9 +36,6 @@ class SglangConfig:
     """Further launch arguments of SGLang by name, such as mem_fraction_static. Names that SGLang does not have, and
     those that this program sets itself, are refused."""
 
-    use_router: bool = False
-    """Send requests through sglang-router, which sends prompts with a common beginning to one server."""
-
     start_timeout_s: float = 1800.0
     """How long a server may take until it is ready, in seconds."""
 
