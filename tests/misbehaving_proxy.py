@@ -76,14 +76,15 @@ class MisbehavingProxy:
     ) -> bool:
         """Pass a request on, and its answer back; whether the connection goes on."""
         method, path, _ = head.decode().split(" ", 2)
-        length = next(
-            (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
-        )
-        body = await reader.readexactly(length)
+        told = {
+            name.strip().lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in head.decode().split("\r\n")[1:])
+        }
+        body = await reader.readexactly(int(told.get("content-length", 0)))
         fault = self._draw() if path == "/generate" else ""
         if fault == "drop_request":
             return False
-        headers = {"Content-Type": "application/json"}
+        headers = {name: told[name] for name in ("content-type", "authorization") if name in told}
         async with session.request(method, self.upstream + path, data=body or None, headers=headers) as response:
             status, answer = response.status, await response.read()
         return await self._send(writer, fault, status, answer)

@@ -122,7 +122,8 @@ install_packages() {
     say "installing ${uv_pin/==/ }"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$uv_pin"
     say "installing $(grep -c '^[a-z0-9]' "$lock") locked packages (about 6 GB)"
-    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps -r "$lock"
+    # Compiled now: where Python may not write bytecode, each of a server's processes would compile its imports anew.
+    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps --compile-bytecode -r "$lock"
     say "installing megatron-fipo itself, editable"
     "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
 }

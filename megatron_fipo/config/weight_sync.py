@@ -28,7 +28,7 @@ class WeightSyncConfig:
     """What becomes of running requests while weights change. "abort" ends them, and they begin again, or go on from
     their tokens with rollout.partial_rollouts. "retract" computes their KV cache anew, "in_place" keeps the old one."""
 
-    timeout_s: float = 600.0
+    timeout_s: float = 300.0
     """How long a server may take for one bucket, in seconds; then it is restarted."""
 
     verify: bool = True

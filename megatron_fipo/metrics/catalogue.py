@@ -492,8 +492,8 @@ _WEIGHT_SYNC = Section(
         Metric(name="perf/weight_sync_servers_failed", description="Servers that did not, and are restarted."),
         Metric(
             name="rollout/canary_mismatch_mean",
-            description="Mean |d| between a fixed response's log-probabilities of the servers and of the actor after the "
-            "sync, the worst server's.",
+            description="Mean |d| between a fixed response's log-probabilities of the servers and of the actor after "
+            "the sync, the worst server's.",
             unit="nats",
         ),
         Metric(name="rollout/canary_mismatch_max", description="Largest |d| of it.", unit="nats"),
