@@ -38,12 +38,14 @@ class MisbehavingProxy:
     Attributes:
         url: Where it answers.
         faults: How often each fault happened.
+        commands: Path and body of what was asked, but for requests.
     """
 
     def __init__(self, upstream: str, seed: int, rate: float, num_faults: int, kinds: Sequence[str] = FAULTS) -> None:
         self.upstream, self.rate, self.kinds, self.num_left = upstream, rate, kinds, num_faults
         self.url = ""
         self.faults: Counter[str] = Counter()
+        self.commands: list[tuple[str, bytes]] = []
         self.closing = asyncio.Event()
         self._draws = random.Random(seed)
         self._earlier = b""
@@ -81,6 +83,8 @@ class MisbehavingProxy:
             for name, _, value in (line.partition(":") for line in head.decode().split("\r\n")[1:])
         }
         body = await reader.readexactly(int(told.get("content-length", 0)))
+        if path != "/generate":
+            self.commands.append((path, body))
         fault = self._draw() if path == "/generate" else ""
         if fault == "drop_request":
             return False

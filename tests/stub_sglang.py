@@ -168,6 +168,9 @@ class StubSglang:
             }
         )
 
+    async def _health(self, payload: Any) -> web.Response:
+        return web.Response()
+
     async def _health_generate(self, payload: Any) -> web.Response:
         await self._may_run.wait()
         return web.Response()

@@ -27,6 +27,8 @@ _ON_CPU: dict[str, Any] = {
 # What torchrun and srun told the process beside whose ranks the server starts; a server has ranks of its own.
 _OF_RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_TORCHRUN = ("TORCHELASTIC_", "ROLE_")
+# What takes another process's memory away is made for devices; the calls that ask for it are answered without.
+_NOT_ON_CPU = ("enable_memory_saver",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,7 @@ def server_command(settings: ServerSettings, place: ServerPlace, key_file: Path,
         cuda: Whether it runs on CUDA devices.
     """
     arguments = {} if cuda else dict(_ON_CPU)
-    arguments |= settings.arguments
+    arguments |= {name: value for name, value in settings.arguments.items() if cuda or name not in _NOT_ON_CPU}
     arguments |= {"host": place.host, "port": place.port, "tp_size": settings.tensor_parallel_size}
     if cuda:
         devices = settings.tensor_parallel_size // settings.nodes_per_server
