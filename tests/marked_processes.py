@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Collection
 
 import psutil
 
@@ -20,10 +21,10 @@ def command_lines(mark: str) -> list[str]:
     return found
 
 
-def left_after(mark: str, patience_s: float) -> list[str]:
-    """Command lines of those that are left after a while, which ends early when none is."""
+def left_after(mark: str, patience_s: float, lasting: Collection[str] = ()) -> list[str]:
+    """Command lines of those that are left after a while, which ends early when none is, but for some that last."""
     deadline = time.monotonic() + patience_s
-    while (left := command_lines(mark)) and time.monotonic() < deadline:
+    while (left := [each for each in command_lines(mark) if each not in lasting]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
 

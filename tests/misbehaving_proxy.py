@@ -112,7 +112,11 @@ class MisbehavingProxy:
             await self.closing.wait()
         if fault in ("drop_answer", "never"):
             return False
-        whole = b"HTTP/1.1 %d Told\r\nContent-Length: %d\r\n\r\n%s" % (status, len(answer), answer)
+        whole = b"HTTP/1.1 %d Told\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
+            status,
+            len(answer),
+            answer,
+        )
         if fault == "cut_connection":
             whole = whole[: self._draws.randrange(1, len(whole))]
         if fault == "no_http":

@@ -27,7 +27,7 @@ _ON_CPU: dict[str, Any] = {
 # What torchrun and srun told the process beside whose ranks the server starts; a server has ranks of its own.
 _OF_RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_TORCHRUN = ("TORCHELASTIC_", "ROLE_")
-# What takes another process's memory away is made for devices; the calls that ask for it are answered without.
+# It needs CUDA. Without it, servers answer calls that release and resume memory, and nothing comes of them.
 _NOT_ON_CPU = ("enable_memory_saver",)
 
 
