@@ -80,6 +80,7 @@ class SglangEngine:
         self._failure: BaseException | None = None
         # Set where there may be something to send, and where there may be something to take.
         self._work, self._news = asyncio.Event(), asyncio.Event()
+        self._next_change = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._jitter = random.Random()
 
@@ -102,6 +103,11 @@ class SglangEngine:
         """Servers that answer, those that wait for weights included, in an order that restarts do not change."""
         known = (self._servers.get(life.name) for life in self._pool.lives)
         return [server.address for server in known if server is not None]
+
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Is set as soon as `servers`, or those of the pool, are others than now."""
+        return self._next_change
 
     async def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue requests and return.
@@ -202,12 +208,12 @@ class SglangEngine:
             names = {life.name for life in known}
             for server in list(self._servers.values()):
                 if server.life.name not in names:
-                    self._leave(server, f"{server.life.name} at {server.life.url} is gone")
+                    self._leave(server, "it is gone")
             for life in known:
                 if life.name not in self._known_lives:
                     self._known_lives.add(life.name)
                     self._start(self._admit(life))
-            self._work.set()
+            self._tell_change()
 
     async def _admit(self, life: ServerLife) -> None:
         """Make the acquaintance of a new server, and watch it as long as it lives."""
@@ -231,6 +237,7 @@ class SglangEngine:
         server = Server(life=life, client=client, info=info)
         if life in self._pool.lives:
             self._servers[life.name] = server
+            self._tell_change()
             await self._watch(server)
 
     async def _watch(self, server: Server) -> None:
@@ -271,6 +278,7 @@ class SglangEngine:
                 return
             # Tokens of the new version may come as soon as it goes on.
             server.policy_version = policy_version
+            self._tell_change()
             await server.client.continue_generation()
         except ServerError as error:
             await self._give_up(server, str(error))
@@ -278,13 +286,14 @@ class SglangEngine:
     async def _give_up(self, server: Server, reason: str) -> None:
         """Have a server restarted."""
         if self._servers.get(server.life.name) is server:
-            self._leave(server, f"{server.life.name} at {server.life.url} is restarted: {reason}")
+            self._leave(server, reason)
             await self._pool.restart(server.life.name, reason)
             self._work.set()
 
     def _leave(self, server: Server, reason: str) -> None:
         logger.warning("%s; %d requests move", reason, len(server.flights))
         del self._servers[server.life.name]
+        self._tell_change()
         self._move_flights(server, reason)
 
     def _retire(self, server: Server, reason: str) -> None:
@@ -292,6 +301,7 @@ class SglangEngine:
         if server.policy_version != FOLDER_VERSION or server.flights:
             logger.warning("%s serves no more until its weights are synchronised: %s", server.life.url, reason)
         server.policy_version = FOLDER_VERSION
+        self._tell_change()
         self._move_flights(server, f"{server.life.name}: {reason}")
 
     def _move_flights(self, server: Server, reason: str) -> None:
@@ -300,6 +310,11 @@ class SglangEngine:
                 flight.task.cancel()
                 self._land(flight)
                 self._retry(flight, reason)
+
+    def _tell_change(self) -> None:
+        self._next_change.set()
+        self._next_change = asyncio.Event()
+        self._work.set()
 
     # Requests.
 
@@ -335,20 +350,29 @@ class SglangEngine:
         """Return when there may be a server, or nothing to send.
 
         Raises:
-            RunError: None has come in time.
+            RunError: There are servers, and none has been able to serve in time.
         """
-        patience_s = self._config.sglang.start_timeout_s
-        try:
-            async with asyncio.timeout(patience_s):
-                while self._may_send() and self._server_for(self._waiting[0]) is None:
-                    self._work.clear()
+        clock, patience_s = asyncio.get_running_loop().time, self._config.sglang.start_timeout_s
+        # The pool knows how long a server that comes may take, and how often one may be started.
+        was_coming, deadline = True, 0.0
+        while self._may_send() and self._server_for(self._waiting[0]) is None:
+            if was_coming:
+                deadline = clock() + patience_s
+            was_coming = self._pool.num_coming > 0
+            self._work.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
                     await self._work.wait()
-        except TimeoutError as error:
-            states = ", ".join(f"{each.url} has policy version {each.policy_version}" for each in self.servers)
-            raise RunError(
-                f"no server could serve for {patience_s:g} s (rollout.sglang.start_timeout_s), and "
-                f"{len(self._waiting)} requests wait: {states or 'there is none'}; their logs tell more"
-            ) from error
+            except TimeoutError:
+                if not was_coming:
+                    raise self._no_server_error(patience_s) from None
+
+    def _no_server_error(self, patience_s: float) -> RunError:
+        states = ", ".join(f"{each.url} has policy version {each.policy_version}" for each in self.servers)
+        return RunError(
+            f"no server could serve for {patience_s:g} s (rollout.sglang.start_timeout_s), and "
+            f"{len(self._waiting)} requests wait: {states or 'there is none'}; their logs tell more"
+        )
 
     def _send(self, flight: Flight, server: Server) -> None:
         check_length(flight.request, server)

@@ -376,6 +376,21 @@ def test_servers_that_never_get_weights_are_waited_for_so_long() -> None:
     run(generate())
 
 
+def test_as_long_as_a_server_is_coming_requests_wait_for_it() -> None:
+    async def generate() -> None:
+        async with running(1, version=None, start_timeout_s=0.1) as (engine, stubs, pool):
+            pool.num_coming = 1
+            requests = make_requests(1)
+            await engine.submit(requests)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await take(engine, requests)
+            await sync(engine, stubs, 0)
+            await take(engine, requests)
+
+    run(generate())
+
+
 def test_an_answer_of_other_weights_is_refused_and_its_server_waits_for_weights() -> None:
     async def generate() -> None:
         async with running(2) as (engine, stubs, pool):
