@@ -230,7 +230,11 @@ async def _run_on_leash(folder: Path) -> None:
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    agent = ServerAgent(ControllerAddress(**json.loads(await reader.readline())), folder)
+    controller = await reader.readline()
+    if not controller:
+        # It ended before it could say.
+        return
+    agent = ServerAgent(ControllerAddress(**json.loads(controller)), folder)
     running = asyncio.ensure_future(_run_until_signal(agent))
     leash = asyncio.ensure_future(reader.read())
     await asyncio.wait([running, leash], return_when=asyncio.FIRST_COMPLETED)
