@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 ATTACH_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 60.0
+AGENT_END_S = 5.0
+"""How long an agent that has taken its leave, or was not heard of, may take to end; one that was stopped never would."""
 _AGENT_PAUSE_S = 1.0
 
 
@@ -172,7 +174,7 @@ async def _keep_agent(registry: ServerRegistry, controller: str, folder: Path) -
     """Have an agent beside this process, and another one where it ends."""
     status = 0
     for _ in range(registry.max_restarts + 1):
-        status = await _run_agent(controller, folder)
+        status = await _run_agent(registry, controller, folder)
         if registry.closing:
             return
         for agent in registry.agents:
@@ -181,8 +183,8 @@ async def _keep_agent(registry: ServerRegistry, controller: str, folder: Path) -
     registry.stop_hoping(f"the agent ended with status {status}, also after {registry.max_restarts} restarts")
 
 
-async def _run_agent(controller: str, folder: Path) -> int:
-    """Run an agent until it ends; it ends its servers and itself when this process or this call ends."""
+async def _run_agent(registry: ServerRegistry, controller: str, folder: Path) -> int:
+    """Run an agent until it ends or hangs; it ends its servers and itself when this process or this call ends."""
     agent = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "megatron_fipo.rollout.server_agent", str(folder)),
         stdin=asyncio.subprocess.PIPE,
@@ -191,9 +193,25 @@ async def _run_agent(controller: str, folder: Path) -> int:
         env=child_environment(),
     )
     assert agent.stdin is not None
+    ended = asyncio.ensure_future(agent.wait())
+    lost = asyncio.ensure_future(_wait_for_loss(registry))
     try:
         agent.stdin.write(controller.encode() + b"\n")
-        return await agent.wait()
+        await asyncio.wait([ended, lost], return_when=asyncio.FIRST_COMPLETED)
     finally:
+        lost.cancel()
         agent.stdin.close()
-        await agent.wait()
+        await asyncio.wait([ended], timeout=AGENT_END_S)
+        if not ended.done():
+            # Its servers end with it.
+            agent.kill()
+        status = await ended
+    return status
+
+
+async def _wait_for_loss(registry: ServerRegistry) -> None:
+    """Wait until the agent has registered and is gone again, or has had its time to register."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(registry.settings.start_timeout_s):
+            await registry.wait_for_agents()
+    await registry.wait_for_departures()

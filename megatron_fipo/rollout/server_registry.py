@@ -308,6 +308,11 @@ class ServerRegistry:
                 place.hopeless = place.hopeless or reason
         self._tell()
 
+    async def wait_for_agents(self) -> None:
+        """Wait until there is an agent."""
+        while not self.agents:
+            await self._changed.wait()
+
     async def wait_for_departures(self) -> None:
         """Wait until no agent is left."""
         while self.agents:

@@ -19,7 +19,7 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout import server_listener, server_registry
+from megatron_fipo.rollout import server_listener, server_pool, server_registry
 from megatron_fipo.rollout.server_agent import ServerAgent, read_controller_file
 from megatron_fipo.rollout.server_pool import open_pool
 from megatron_fipo.rollout.server_registry import ServerPool
@@ -134,6 +134,33 @@ def test_a_lost_agent_takes_its_servers_along_and_is_replaced(model: ModelConfig
             return group
 
     wait_until_empty(asyncio.run(scenario()))
+
+
+def test_an_agent_that_hangs_is_replaced_with_its_servers_and_ends_at_last(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_listener, "AGENT_LOST_S", 3.0)
+    monkeypatch.setattr(server_pool, "AGENT_END_S", 0.5)
+    folder = tmp_path / "servers"
+
+    def agents() -> list[psutil.Process]:
+        return [child for line, child in command_lines(psutil.Process()).items() if "server_agent" in line]
+
+    async def scenario() -> list[int]:
+        async with open_pool(model, rollout(), folder) as pool:
+            await until(pool, lambda: len(pool.lives) == 1)
+            groups = [group_of(folder, "server0.life1")]
+            (agent,) = agents()
+            agent.suspend()
+            await until(pool, lambda: [life.name for life in pool.lives] == ["server0.life2"])
+            groups.append(group_of(folder, "server0.life2"))
+            (agent,) = agents()
+            agent.suspend()
+        assert not agents()
+        return groups
+
+    for group in asyncio.run(scenario()):
+        wait_until_empty(group)
 
 
 PROGRAM = """
