@@ -21,6 +21,7 @@ from megatron_fipo.config.run import RunConfig
 from megatron_fipo.parallel.context import destroy_parallel_context
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.logging import quiet_upstream
+from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.trainer.build import build_run
 from megatron_fipo.trainer.loop import train
 from tests.tiny_models import write_tiny_model
@@ -112,15 +113,15 @@ def run_in_turn(configs: list[RunConfig]) -> list[Ended]:
     return [run_to_its_end(config) for config in configs]
 
 
-def run_to_its_end(config: RunConfig, change: Any = None) -> Ended:
-    """Build and train; `change` is called with the run before it trains."""
+def run_to_its_end(config: RunConfig, change: Any = None, progress: Progress = NO_PROGRESS) -> Ended:
+    """Build and train; `change` is called with the run before it trains, `progress` watches it on rank 0."""
     messages = _Messages()
     logger = logging.getLogger("megatron_fipo")
     logger.setLevel(logging.WARNING)
     logger.addHandler(messages)
     ended = Ended(log=messages.texts)
     try:
-        run = build_run(config)
+        run = build_run(config, progress)
         if change is not None:
             change(run)
         train(run)

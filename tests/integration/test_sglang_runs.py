@@ -1,6 +1,11 @@
-"""A run that generates with a real SGLang server, from the controller process to the end of all processes."""
+"""A run that generates with a real SGLang server, which once hangs for a while and once dies: from the controller process
+to the end of all processes.
+"""
 
 import math
+import os
+import signal
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,19 +14,75 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.rollout.journal import JournalEntry, journal_path, read_journal
+from megatron_fipo.runtime.logging import quiet_upstream
+from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
+from megatron_fipo.trainer.state import Run
 from tests.distributed_helpers import run_distributed
-from tests.integration.small_runs import Ended, prompts, read_lines, run_in_turn, small_run, write_inputs
+from tests.integration.small_runs import Ended, prompts, read_lines, run_to_its_end, small_run, write_inputs
 from tests.marked_processes import command_lines, mark_own_children
+from tests.server_faults import (
+    ServerLife,
+    check_every_draw_ends_once,
+    server_lives,
+    signal_all,
+    unread_requests,
+    wait_until,
+)
+from tests.sglang_servers import needs_sglang
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.distributed, needs_sglang, pytest.mark.timeout(1000)]
 
 STEPS = 3
+STEP_OF_HANG, STEP_OF_DEATH = 2, 3
+HANG_S = 3.0
+
+
+class Faults(Progress):
+    """Has the server hang with a rollout's requests on their way to it; once it goes on, and once it dies at them.
+
+    Attributes:
+        num_requests: Requests that were on their way, by step.
+    """
+
+    def __init__(self) -> None:
+        self.controller = 0
+        self.num_requests: dict[int, int] = {}
+        self._stopped: ServerLife | None = None
+
+    def find_controller(self, run: Run) -> None:
+        """Learn which process has the servers."""
+        if run.is_main:
+            self.controller = run.rollout.calls.link.process.pid  # type: ignore[union-attr]
+
+    def begin_step(self, step: int) -> None:
+        """Before anything is asked for."""
+        if step in (STEP_OF_HANG, STEP_OF_DEATH):
+            (self._stopped,) = server_lives(self.controller).values()
+            signal_all(self._stopped, signal.SIGSTOP)
+            self.num_requests[step] = 0
+
+    def advance(self, done: int, total: int) -> None:
+        """After the controller has begun the rollout."""
+        if self._stopped is None or done:
+            return
+        life, self._stopped = self._stopped, None
+        wait_until(lambda: unread_requests(life.port) >= total, "a rollout under way")
+        step = max(self.num_requests)
+        self.num_requests[step] = unread_requests(life.port)
+        if step == STEP_OF_HANG:
+            time.sleep(HANG_S)
+            signal_all(life, signal.SIGCONT)
+        else:
+            signal_all(life, signal.SIGCONT)
+            wait_until(lambda: not unread_requests(life.port), "a server that has read its requests")
+            os.kill(life.processes("scheduler")[-1], signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -29,12 +90,16 @@ class Outcome:
     config: RunConfig
     lines: list[dict[str, Any]]
     journal: list[JournalEntry]
+    num_requests: dict[int, int]
     left_behind: list[str]
 
 
-def run_marked(mark: str, configs: list[RunConfig]) -> list[Ended]:
+def run_marked(mark: str, config: RunConfig) -> tuple[Ended, dict[int, int]]:
     mark_own_children(mark)
-    return run_in_turn(configs)
+    quiet_upstream()
+    faults = Faults()
+    progress = faults if dist.get_rank() == 0 else NO_PROGRESS
+    return run_to_its_end(config, faults.find_controller, progress), faults.num_requests
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +120,20 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         },
     )
     mark = uuid.uuid4().hex
-    ends = run_distributed(run_marked, 2, mark, [config], timeout_s=900.0)
-    assert [ended.error for (ended,) in ends] == [(), ()]
+    ends = run_distributed(run_marked, 2, mark, config, timeout_s=900.0)
+    assert [ended.error for ended, _ in ends] == [(), ()]
     folder = config.output_dir
     journal = [read_journal(journal_path(folder / "journal", step)) for step in range(1, STEPS + 1)]
-    return Outcome(config, read_lines(folder / "metrics.jsonl"), journal, command_lines(mark))
+    return Outcome(config, read_lines(folder / "metrics.jsonl"), journal, ends[0][1], command_lines(mark))
 
 
 def test_after_every_sync_the_server_has_the_actors_weights(outcome: Outcome) -> None:
     assert [line["policy_version"] for line in outcome.lines] == [0, 1, 2, 3]
     for line in outcome.lines:
         assert line["rollout/canary_mismatch_max"] <= 1e-4
-        assert (line["perf/weight_sync_servers"], line["perf/weight_sync_servers_failed"]) == (1, 0)
+        # The server that took the dead one's place was given the weights of the step before.
+        num_times = 2 if line["step"] == STEP_OF_DEATH else 1
+        assert (line["perf/weight_sync_servers"], line["perf/weight_sync_servers_failed"]) == (num_times, 0)
         assert line["perf/weight_sync_gib"] > 0 and line["time/weight_sync_s"] > 0
 
 
@@ -94,19 +161,17 @@ def mean_distance(model: Any, entry: JournalEntry) -> float:
     return float(np.mean(deltas))
 
 
+def test_the_server_dies_once_amid_requests_and_is_replaced(outcome: Outcome) -> None:
+    num_samples = outcome.config.rollout.num_prompts_per_step * outcome.config.rollout.group_size
+    assert all(outcome.num_requests[step] >= num_samples for step in (STEP_OF_HANG, STEP_OF_DEATH))
+    lives = {path.name for path in (outcome.config.output_dir / "servers").glob("*.log")}
+    assert lives == {"server0.life1.log", "server0.life2.log"}
+
+
 def test_every_batch_is_in_the_journal_and_every_draw_ends_once(outcome: Outcome) -> None:
-    rollout = outcome.config.rollout
-    for step, entry in enumerate(outcome.journal, start=1):
-        assert (entry.step, entry.policy_version, len(entry.groups)) == (step, step - 1, rollout.num_prompts_per_step)
-        for group in entry.groups:
-            assert [sample.sample_index for sample in group.samples] == list(range(rollout.group_size))
-            assert {sample.policy_version for sample in group.samples} == {step - 1}
-    settled = [each for entry in outcome.journal for each in entry.settled]
-    numbers = [each.number for each in settled]
-    assert len(set(numbers)) == len(numbers)
-    used = [each for each in settled if each.fate == "used"]
-    trained = [group.prompt.id for entry in outcome.journal for group in entry.groups]
-    assert sorted(each.prompt_id for each in used) == sorted(trained)
+    assert [entry.policy_version for entry in outcome.journal] == [0, 1, 2]
+    ends = check_every_draw_ends_once(outcome.journal, outcome.config.rollout)
+    assert ends["used"] == STEPS * outcome.config.rollout.num_prompts_per_step
 
 
 def test_metrics_are_declared_and_finite(outcome: Outcome) -> None:
