@@ -14,7 +14,7 @@ from megatron_fipo.config.optimizer import OptimizerConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.config.reward import RewardConfig
 from megatron_fipo.config.rollout import RolloutConfig
-from megatron_fipo.config.weight_sync import WeightSyncConfig
+from megatron_fipo.config.weight_sync import PauseMode, WeightSyncConfig
 
 
 @config_class
@@ -108,6 +108,13 @@ class RunConfig:
             rule='must be "bfloat16" with model.dtype = "bfloat16": the weights that are exported have that precision',
             way_out='set it to "bfloat16"',
         )
+        require(
+            not self.rollout.colocated or self.weight_sync.pause in ("auto", "abort"),
+            field="weight_sync.pause",
+            value=self.weight_sync.pause,
+            rule='must be "abort" with rollout.colocated: servers give back the cache that running requests need',
+            way_out='leave it at "auto"',
+        )
         if not recorded:
             self.reward.check_response_limit(self.rollout.max_response_tokens)
         if self.data is None:
@@ -120,6 +127,13 @@ class RunConfig:
             )
         else:
             self._check_lengths(self.data.max_prompt_tokens)
+
+    @property
+    def pause_mode(self) -> PauseMode:
+        """What becomes of running requests while weights change."""
+        if self.weight_sync.pause != "auto":
+            return self.weight_sync.pause
+        return "abort" if self.rollout.colocated or self.rollout.partial_rollouts else "retract"
 
     def _check_lengths(self, max_prompt_tokens: int) -> None:
         """Refuse prompts and responses that together exceed the token budget or the context."""

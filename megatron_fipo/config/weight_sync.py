@@ -24,9 +24,10 @@ class WeightSyncConfig:
     folder: Path | None = None
     """Where "disk" writes, on a file system that every server sees; null is `weights/` in the run directory."""
 
-    pause: PauseMode = "abort"
+    pause: Literal["auto", "abort", "retract", "in_place"] = "auto"
     """What becomes of running requests while weights change. "abort" ends them, and they begin again, or go on from
-    their tokens with rollout.partial_rollouts. "retract" computes their KV cache anew, "in_place" keeps the old one."""
+    their tokens with rollout.partial_rollouts. "retract" computes their KV cache anew, "in_place" keeps the old one.
+    "auto" is "abort" with rollout.partial_rollouts or rollout.colocated, else "retract"."""
 
     timeout_s: float = 300.0
     """How long a server may take for one bucket, in seconds; then it is restarted."""

@@ -78,7 +78,7 @@ class ControllerActions:
         engine = await enter(SglangEngine(pool, run.rollout, generation.vocab_size, shape))
         self._controller = generation.controller(engine, NewsToRank0(self._service))
         self._resources.push_async_callback(self._controller.close)
-        self._supply = WeightSupply(self._controller, engine, pool, run.weight_sync.pause, self._request_push)
+        self._supply = WeightSupply(self._controller, engine, pool, run.pause_mode, self._request_push)
         await enter(running(self._supply.run()))
         return Answer(value={"api_key": pool.api_key})
 

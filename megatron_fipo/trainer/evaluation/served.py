@@ -86,7 +86,8 @@ class ServedEvaluation:
                 return await _declare_version(servers, session)
 
             controller = make_controller(engine)
-            supply = WeightSupply(controller, engine, pool, config.weight_sync.pause, declare)
+            # It pauses before the first request alone.
+            supply = WeightSupply(controller, engine, pool, "abort", declare)
             try:
                 await supply.resume(_POLICY_VERSION, await declare(await supply.pause()))
                 async with running(supply.run()):

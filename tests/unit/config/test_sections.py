@@ -218,6 +218,15 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     ),
     (
         run_config,
+        {
+            "rollout": RolloutConfig(engine="sglang", colocated=True),
+            "weight_sync": WeightSyncConfig(pause="retract"),
+        },
+        'weight_sync.pause = retract: must be "abort" with rollout.colocated: servers give back the cache that running '
+        'requests need; leave it at "auto"',
+    ),
+    (
+        run_config,
         {"recorded_rollouts": Path("r")},
         'recorded_rollouts = r: must be given with mode = "train_only" and only then (mode is "train"); '
         "name the folder that a rollout_only run wrote, or set mode",
@@ -758,3 +767,22 @@ def test_a_key_given_twice_is_refused(config_file: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(RunConfig, config_file)
     assert str(caught.value) == f"{config_file}:8 = num_steps: this key is already on line 2; keep one of the two"
+
+
+@pytest.mark.parametrize(
+    ("rollout", "pause", "expected"),
+    [
+        ({}, "auto", "retract"),
+        ({"policy_lag": 1, "partial_rollouts": True}, "auto", "abort"),
+        ({"colocated": True}, "auto", "abort"),
+        ({"policy_lag": 1, "partial_rollouts": True}, "in_place", "in_place"),
+    ],
+)
+def test_running_requests_are_ended_only_where_they_can_go_on_or_must(
+    rollout: dict[str, Any], pause: Any, expected: str
+) -> None:
+    config = run_config(
+        rollout=RolloutConfig(engine="sglang", max_response_tokens=156, num_prompts_per_step=8, **rollout),
+        weight_sync=WeightSyncConfig(pause=pause),
+    )
+    assert config.pause_mode == expected
