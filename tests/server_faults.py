@@ -1,4 +1,4 @@
-"""The servers of a run as the machine sees them: their processes, what they are asked, and what becomes of the draws."""
+"""The servers of a run as the machine sees them, and what becomes of the run's draws."""
 
 import os
 import time
@@ -90,7 +90,7 @@ def signal_all(life: ServerLife, number: int) -> None:
 
 
 def check_every_draw_ends_once(entries: Sequence[JournalEntry], rollout: RolloutConfig) -> Counter[str]:
-    """See that every draw of a run has one end, and every batch its samples, each once and of weights that it may be of.
+    """See that every draw of a run has one end, and every batch its samples once, of weights that they may be of.
 
     Args:
         entries: The journal, from the first step on.

@@ -31,7 +31,7 @@ LOOPBACK = "127.0.0.1"
 ATTACH_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 60.0
 AGENT_END_S = 5.0
-"""How long an agent that has taken its leave, or was not heard of, may take to end; one that was stopped never would."""
+"""How long an agent that has said good-bye or fallen silent may take to end; one that was stopped never would."""
 _AGENT_PAUSE_S = 1.0
 
 

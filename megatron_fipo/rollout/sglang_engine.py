@@ -291,10 +291,13 @@ class SglangEngine:
             self._work.set()
 
     def _leave(self, server: Server, reason: str) -> None:
-        logger.warning("%s; %d requests move", reason, len(server.flights))
+        # The pool says why.
+        logger.warning(
+            "%s at %s serves no more; %d requests move", server.life.name, server.life.url, len(server.flights)
+        )
         del self._servers[server.life.name]
         self._tell_change()
-        self._move_flights(server, reason)
+        self._move_flights(server, f"{server.life.name}: {reason}")
 
     def _retire(self, server: Server, reason: str) -> None:
         """Take a server out of service until it has been given weights."""

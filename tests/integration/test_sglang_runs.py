@@ -1,6 +1,4 @@
-"""A run that generates with a real SGLang server, which once hangs for a while and once dies: from the controller process
-to the end of all processes.
-"""
+"""A run that generates with a real SGLang server, which hangs once and dies once, to the end of all processes."""
 
 import math
 import os
