@@ -19,7 +19,8 @@ from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.weight_sync import PauseMode
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, ServerAddress
 from megatron_fipo.rollout.generate_responses import ResponseError, RoutingShape, read_response, request_body
-from megatron_fipo.rollout.server_choice import Flight, Server, check_length, check_tokens, choose_server
+from megatron_fipo.rollout.request_router import RequestRouter
+from megatron_fipo.rollout.server_choice import Flight, Server, Way, check_length, check_tokens, choose_server
 from megatron_fipo.rollout.server_registry import ServerLife, ServerPool
 from megatron_fipo.rollout.sglang_client import (
     FOLDER_VERSION,
@@ -57,12 +58,19 @@ class SglangEngine:
         config: Requests in flight, and how long and how often they are tried.
         vocabulary_size: Ids lie below it.
         routing: Experts of the model, where they are replayed.
+        router: Where requests go first; without it, straight to a server.
     """
 
     def __init__(
-        self, pool: ServerPool, config: RolloutConfig, vocabulary_size: int, routing: RoutingShape | None = None
+        self,
+        pool: ServerPool,
+        config: RolloutConfig,
+        vocabulary_size: int,
+        routing: RoutingShape | None = None,
+        router: RequestRouter | None = None,
     ) -> None:
         self._pool, self._config, self._vocabulary_size, self._routing = pool, config, vocabulary_size, routing
+        self._router = router
         self._session = open_session(pool.api_key, config.max_requests_in_flight)
         self._parsers = ThreadPoolExecutor(NUM_PARSERS, thread_name_prefix="parser")
         self._servers: dict[str, Server] = {}
@@ -153,10 +161,10 @@ class SglangEngine:
             if flight is None or flight.is_aborted:
                 continue
             flight.is_aborted = True
-            if flight.server is None:
+            if flight.way is None:
                 self._end_empty(flight)
             else:
-                self._start(self._abort_on_server(flight))
+                self._start(self._abort_on_servers(flight))
 
     async def pause(self, mode: PauseMode) -> None:
         """Have every server stop where it is, so that its weights may change.
@@ -297,18 +305,24 @@ class SglangEngine:
         )
         del self._servers[server.life.name]
         self._tell_change()
-        self._move_flights(server, f"{server.life.name}: {reason}")
+        # One that is restarted ends, and the router answers what it had there.
+        self._move_flights(server, f"{server.life.name}: {reason}", with_routed=not server.life.may_restart)
 
     def _retire(self, server: Server, reason: str) -> None:
         """Take a server out of service until it has been given weights."""
         if server.policy_version != FOLDER_VERSION or server.flights:
             logger.warning("%s serves no more until its weights are synchronised: %s", server.life.url, reason)
+        served = server.policy_version != FOLDER_VERSION
         server.policy_version = FOLDER_VERSION
         self._tell_change()
-        self._move_flights(server, f"{server.life.name}: {reason}")
+        self._move_flights(server, f"{server.life.name}: {reason}", with_routed=served)
 
-    def _move_flights(self, server: Server, reason: str) -> None:
-        for flight in list(server.flights):
+    def _move_flights(self, server: Server, reason: str, with_routed: bool) -> None:
+        """Begin requests of a server again, and on request those that a router may have sent there."""
+        flights = list(server.flights)
+        if with_routed and self._router is not None:
+            flights += [flight for flight in self._router.flights if server in flight.servers]
+        for flight in flights:
             if flight.task is not None and flight.task is not asyncio.current_task():
                 flight.task.cancel()
                 self._land(flight)
@@ -330,22 +344,24 @@ class SglangEngine:
                 if self._flights.get(flight.request.request_id) is not flight:
                     # It was aborted while it waited.
                     self._waiting.popleft()
-                elif (server := self._server_for(flight)) is None:
+                elif (way := self._way_for(flight)) is None:
                     await self._wait_for_server()
                 else:
-                    self._send(self._waiting.popleft(), server)
+                    self._send(self._waiting.popleft(), way)
             await self._work.wait()
 
     def _may_send(self) -> bool:
         below_bound = self._num_running < self._config.max_requests_in_flight
         return bool(self._waiting) and self._is_running.is_set() and below_bound
 
-    def _server_for(self, flight: Flight) -> Server | None:
-        serving = (
+    def _way_for(self, flight: Flight) -> Way | None:
+        serving = [
             server
             for server in self._servers.values()
             if server.policy_version == self._policy_version != FOLDER_VERSION
-        )
+        ]
+        if self._router is not None and not flight.failures and self._router.reaches(serving):
+            return self._router
         home = self._homes.get(flight.request.prompt_id)
         return choose_server(serving, home, flight.tried, self._config.group_size)
 
@@ -358,7 +374,7 @@ class SglangEngine:
         clock, patience_s = asyncio.get_running_loop().time, self._config.sglang.start_timeout_s
         # The pool knows how long a server that comes may take, and how often one may be started.
         was_coming, deadline = True, 0.0
-        while self._may_send() and self._server_for(self._waiting[0]) is None:
+        while self._may_send() and self._way_for(self._waiting[0]) is None:
             if was_coming:
                 deadline = clock() + patience_s
             was_coming = self._pool.num_coming > 0
@@ -377,16 +393,17 @@ class SglangEngine:
             f"{len(self._waiting)} requests wait: {states or 'there is none'}; their logs tell more"
         )
 
-    def _send(self, flight: Flight, server: Server) -> None:
-        check_length(flight.request, server)
+    def _send(self, flight: Flight, way: Way) -> None:
+        check_length(flight.request, way.servers)
         # Of one length and random, so that no name begins with another: aborts go by how a name begins.
-        flight.rid, flight.server, flight.first_version = uuid.uuid4().hex, server, server.policy_version
-        server.flights.add(flight)
+        flight.rid, flight.way, flight.servers = uuid.uuid4().hex, way, way.servers
+        flight.first_version = self._policy_version
+        way.flights.add(flight)
         self._num_running += 1
-        self._homes[flight.request.prompt_id] = server.life.name
-        flight.task = asyncio.create_task(self._run(flight, server))
+        self._homes[flight.request.prompt_id] = way.name
+        flight.task = asyncio.create_task(self._run(flight, way))
 
-    async def _run(self, flight: Flight, server: Server) -> None:
+    async def _run(self, flight: Flight, way: Way) -> None:
         """One attempt."""
         has_slot = False
 
@@ -397,17 +414,20 @@ class SglangEngine:
 
         request, rid = flight.request, flight.rid
         try:
-            body = request_body(request, rid, server.info.is_deterministic)
-            answer = await server.client.generate(body, self._config.sglang.request_timeout_s, take_slot)
+            body = request_body(request, rid, all(server.info.is_deterministic for server in flight.servers))
+            answer = await way.generate(flight, body, self._config.sglang.request_timeout_s, take_slot)
             result = await self._read(answer, request, rid)
-            self._check_version(result, flight, server)
+            self._check_version(result, flight)
             self._land(flight)
             self._deliver(flight, result, has_slot)
-            server.failures_in_a_row, has_slot = 0, False
+            has_slot = False
+            if isinstance(way, Server):
+                way.failures_in_a_row = 0
         except (ServerError, ResponseError) as error:
             self._land(flight)
-            self._retry(flight, f"{server.life.url}: {error}", server)
-            self._blame(server, error)
+            self._retry(flight, f"{way.client.url}: {error}", way)
+            if isinstance(way, Server):
+                self._blame(way, error)
         except Exception as error:
             self._fail(error)
         finally:
@@ -420,8 +440,8 @@ class SglangEngine:
             return read_response(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._parsers, read_response, *arguments)
 
-    def _check_version(self, result: GenerationResult, flight: Flight, server: Server) -> None:
-        """Refuse tokens of other weights than the server had between question and answer.
+    def _check_version(self, result: GenerationResult, flight: Flight) -> None:
+        """Refuse tokens of other weights than its servers had between question and answer.
 
         Raises:
             ResponseError: Some are.
@@ -429,7 +449,7 @@ class SglangEngine:
         if not len(result.token_ids):
             return
         versions = result.policy_versions if result.policy_versions is not None else np.array([result.policy_version])
-        first, last = flight.first_version, server.policy_version
+        first, last = flight.first_version, max(server.policy_version for server in flight.servers)
         if versions.min() < first or versions.max() > last:
             told = sorted(set(versions.tolist()))
             raise ResponseError("version", f"tokens of policy versions {told}, where {first} to {last} are due")
@@ -447,18 +467,18 @@ class SglangEngine:
             self._retire(server, str(error))
 
     def _land(self, flight: Flight) -> None:
-        """Take a request off its server."""
-        assert flight.server is not None
-        flight.server.flights.discard(flight)
-        flight.server, flight.task = None, None
+        """Take a request off its way."""
+        assert flight.way is not None
+        flight.way.flights.discard(flight)
+        flight.way, flight.task = None, None
         self._num_running -= 1
         self._work.set()
 
-    def _retry(self, flight: Flight, problem: str, server: Server | None = None) -> None:
+    def _retry(self, flight: Flight, problem: str, way: Way | None = None) -> None:
         """Queue a request again after a while, in front of those that were never sent."""
         flight.failures.append(problem)
-        if server is not None:
-            flight.tried.add(server.life.name)
+        if way is not None:
+            flight.tried.add(way.name)
         if flight.is_aborted:
             self._end_empty(flight)
         elif len(flight.failures) >= self._config.sglang.max_attempts:
@@ -481,15 +501,19 @@ class SglangEngine:
     def _back_off_s(self, failures: int) -> float:
         return min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**failures) * self._jitter.uniform(0.5, 1.5)
 
-    async def _abort_on_server(self, flight: Flight) -> None:
-        """Have the server end a request, until its answer is there."""
-        while (server := flight.server) is not None:
-            try:
-                await server.client.abort_request(flight.rid)
-            except ServerError:
-                server.suspected.set()
+    async def _abort_on_servers(self, flight: Flight) -> None:
+        """Have those servers that may have a request end it, until its answer is there."""
+        while flight.way is not None:
+            there = [server for server in flight.servers if self._servers.get(server.life.name) is server]
+            await asyncio.gather(*(self._abort_on_server(server, flight.rid) for server in there))
             if flight.task is not None:
                 await asyncio.wait([flight.task], timeout=ABORT_INTERVAL_S)
+
+    async def _abort_on_server(self, server: Server, rid: str) -> None:
+        try:
+            await server.client.abort_request(rid)
+        except ServerError:
+            server.suspected.set()
 
     def _end_empty(self, flight: Flight) -> None:
         """The result of a request that is aborted before it has tokens."""
@@ -530,6 +554,7 @@ class SglangEngine:
         self._failure = self._failure or error
         self._is_running.clear()
         self._news.set()
+        self._tell_change()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -5,10 +5,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from megatron_fipo.config.weight_sync import PauseMode
-from megatron_fipo.rollout.engine import ServedEngine, ServerAddress
+from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.rollout.server_registry import ServerPool
-
-_LOOK_EVERY_S = 0.2
 
 type Push = Callable[[Sequence[ServerAddress]], Awaitable[Mapping[str, str] | None]]
 """Gives servers the current weights; returns why some did not take them in, by name, or None where newer ones come."""
@@ -26,6 +24,20 @@ class Pausable(Protocol):
         ...
 
 
+class Servers(Protocol):
+    """Servers as an engine knows them."""
+
+    @property
+    def servers(self) -> Sequence[ServerAddress]:
+        """Those that are there now, those that wait for weights included."""
+        ...
+
+    @property
+    def next_change(self) -> asyncio.Event:
+        """Is set as soon as these servers, or those that it gets them from, are others than now."""
+        ...
+
+
 class WeightSupply:
     """Servers between two versions, and servers that have none; all of it belongs to one event loop.
 
@@ -38,7 +50,7 @@ class WeightSupply:
     """
 
     def __init__(
-        self, generation: Pausable, engine: ServedEngine, pool: ServerPool, mode: PauseMode, push: Push
+        self, generation: Pausable, engine: Servers, pool: ServerPool, mode: PauseMode, push: Push
     ) -> None:
         self._generation, self._engine, self._pool, self._mode, self._push = generation, engine, pool, mode, push
         self._policy_version = -1
@@ -78,16 +90,18 @@ class WeightSupply:
     async def run(self) -> None:
         """Have servers that come later given weights, for ever."""
         while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
-            if self._policy_version < 0 or not self._waiting():
-                continue
+            # Asked for first: servers may come while the others are looked at.
+            change = self._engine.next_change
             async with self._lock:
                 waiting = self._waiting()
                 failed = await self._push(waiting) if waiting else None
                 if failed is not None:
                     await self._generation.resume(self._policy_version, failed)
+            await change.wait()
 
     def _waiting(self) -> list[ServerAddress]:
+        if self._policy_version < 0:
+            return []
         return [server for server in self._engine.servers if server.policy_version != self._policy_version]
 
     async def _wait_for_servers(self) -> None:
@@ -95,5 +109,7 @@ class WeightSupply:
         while not known or (coming and self._policy_version < 0):
             await self._pool.wait_for_change(known, coming)
             known, coming = list(self._pool.lives), self._pool.num_coming
+        change = self._engine.next_change
         while len(self._engine.servers) < len(self._pool.lives):
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await change.wait()
+            change = self._engine.next_change

@@ -19,6 +19,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.servers: list[ServerAddress] = []
+        self.unmet = 0
         self.num_coming = 0
         self.is_paused = False
         self.versions: list[int] = []
@@ -26,14 +27,21 @@ class Fleet:
         self.refuses = False
         self.hopeless = False
         self.changed = asyncio.Event()
+        self.next_change = asyncio.Event()
 
     @property
     def lives(self) -> list[ServerLife]:
-        return [ServerLife(name=s.name, url=s.url, tensor_parallel_size=1, may_restart=True) for s in self.servers]
+        names = [server.name for server in self.servers] + [f"unmet{number}" for number in range(self.unmet)]
+        return [ServerLife(name=name, url="http://x", tensor_parallel_size=1, may_restart=True) for name in names]
 
     def come(self, name: str) -> None:
         self.servers.append(ServerAddress(name=name, url="http://x", tensor_parallel_size=1, policy_version=-1))
         self.changed.set()
+        self.tell()
+
+    def tell(self) -> None:
+        self.next_change.set()
+        self.next_change = asyncio.Event()
 
     async def wait_for_change(self, known: Sequence[ServerLife], known_coming: int) -> None:
         while list(known) == self.lives and known_coming == self.num_coming:
@@ -55,6 +63,7 @@ class Fleet:
             for server in self.servers
             if server.name not in failed
         ]
+        self.tell()
 
     async def push(self, servers: Sequence[ServerAddress]) -> Mapping[str, str] | None:
         assert not self.is_paused
@@ -86,6 +95,24 @@ def test_the_first_pause_waits_for_all_servers() -> None:
         fleet.come("second")
         fleet.num_coming = 0
         assert [server.name for server in await paused] == ["first", "second"]
+
+    asyncio.run(scenario())
+
+
+def test_a_pause_waits_until_the_engine_knows_the_servers_of_the_pool() -> None:
+    async def scenario() -> None:
+        fleet = Fleet()
+        fleet.unmet = 2
+        paused = asyncio.create_task(fleet.supply().pause())
+        fleet.unmet = 1
+        fleet.come("first")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not paused.done()
+        # The other one has ended unmet.
+        fleet.unmet = 0
+        fleet.tell()
+        assert [server.name for server in await paused] == ["first"]
 
     asyncio.run(scenario())
 
