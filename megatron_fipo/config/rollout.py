@@ -139,3 +139,10 @@ class RolloutConfig:
             rule="needs policy_lag of at least 1: the first tokens are of older weights than the last",
             way_out="raise policy_lag",
         )
+        require(
+            not (self.replay_routing and self.sglang.use_router),
+            field="sglang.use_router",
+            value=True,
+            rule="must be false with replay_routing: the router does not pass on that experts are asked for",
+            way_out="drop either",
+        )

@@ -36,6 +36,10 @@ class SglangConfig:
     """Further launch arguments of SGLang by name, such as mem_fraction_static. Names that SGLang does not have, and
     those that this program sets itself, are refused."""
 
+    use_router: bool = False
+    """Send requests through sglang-router, which this run starts beside the controller and which then chooses their
+    servers. Without it the controller chooses, and sends to them itself."""
+
     start_timeout_s: float = 1800.0
     """How long a server may take until it is ready, in seconds."""
 

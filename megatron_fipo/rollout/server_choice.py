@@ -1,8 +1,9 @@
 """Which request goes to which server: what is known of each, what a server cannot take, and the choice."""
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from megatron_fipo.rollout.engine import GenerationRequest, ServerAddress
 from megatron_fipo.rollout.generate_responses import input_token_ids, num_begun
@@ -34,6 +35,22 @@ class Server:
     flights: set["Flight"] = field(default_factory=set)
 
     @property
+    def name(self) -> str:
+        """See `Way`."""
+        return self.life.name
+
+    @property
+    def servers(self) -> tuple["Server", ...]:
+        """See `Way`."""
+        return (self,)
+
+    async def generate(
+        self, flight: "Flight", body: bytes, timeout_s: float, before_reading: Callable[[], Awaitable[object]]
+    ) -> bytes:
+        """See `Way`."""
+        return await self.client.generate(body, timeout_s, before_reading)
+
+    @property
     def address(self) -> ServerAddress:
         """It as weight synchronisation knows it."""
         return ServerAddress(
@@ -42,6 +59,29 @@ class Server:
             tensor_parallel_size=self.life.tensor_parallel_size,
             policy_version=self.policy_version,
         )
+
+
+class Way(Protocol):
+    """Where an attempt goes: to a server, or to one of several that a router chooses."""
+
+    client: SglangServer
+    flights: set["Flight"]
+
+    @property
+    def name(self) -> str:
+        """What it is called; no two have one name."""
+        ...
+
+    @property
+    def servers(self) -> tuple[Server, ...]:
+        """Servers that an attempt may come to."""
+        ...
+
+    async def generate(
+        self, flight: "Flight", body: bytes, timeout_s: float, before_reading: Callable[[], Awaitable[object]]
+    ) -> bytes:
+        """Send an attempt, and give its answer as it came; see `SglangServer.generate`."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -54,8 +94,9 @@ class Flight:
         tried: Names of the servers where one failed.
         is_aborted: Whether it is to end early.
         rid: Name of its last attempt.
-        server: Where it runs.
-        first_version: Version of that server when it was sent.
+        way: Where that was sent; None while it waits.
+        servers: Those of which one has it.
+        first_version: Version of those when it was sent.
         task: Its running attempt.
     """
 
@@ -64,7 +105,8 @@ class Flight:
     tried: set[str] = field(default_factory=set)
     is_aborted: bool = False
     rid: str = ""
-    server: Server | None = None
+    way: Way | None = None
+    servers: tuple[Server, ...] = ()
     first_version: int = FOLDER_VERSION
     task: "asyncio.Task[None] | None" = None
 
@@ -89,13 +131,14 @@ def check_tokens(request: GenerationRequest, vocabulary_size: int) -> None:
         raise RunError(f"{where}: {num_begun(request)} of {request.sampling.max_tokens} tokens are there already")
 
 
-def check_length(request: GenerationRequest, server: Server) -> None:
-    """Refuse what the server would cut.
+def check_length(request: GenerationRequest, servers: Iterable[Server]) -> None:
+    """Refuse what one of the servers would cut.
 
     Raises:
         RunError: Prompt and longest response do not fit.
     """
     longest = len(request.prompt_token_ids) + request.sampling.max_tokens
+    server = min(servers, key=lambda server: server.info.max_sequence_tokens)
     if longest > server.info.max_sequence_tokens:
         raise RunError(
             f"request {request.request_id}: a prompt of {len(request.prompt_token_ids)} and a response of up to "

@@ -175,7 +175,11 @@ class SglangServer:
             raise self._nonsense("server_info", f"it lacks or garbles {error}") from error
 
     async def generate(
-        self, body: bytes, timeout_s: float, before_reading: Callable[[], Awaitable[object]] | None = None
+        self,
+        body: bytes,
+        timeout_s: float,
+        before_reading: Callable[[], Awaitable[object]] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> bytes:
         """Send a request, and give its answer as it came.
 
@@ -183,8 +187,9 @@ class SglangServer:
             body: JSON, from `generate_responses.request_body`.
             timeout_s: How long it may take until the answer begins.
             before_reading: Called once the answer begins; it is left in the network while this takes its time.
+            headers: What a router wants to know.
         """
-        return await self._ask("POST", "generate", body, timeout_s, before_reading)
+        return await self._ask("POST", "generate", body, timeout_s, before_reading, headers)
 
     async def response_log_probs(
         self, prompt_token_ids: Sequence[int], response_token_ids: Sequence[int], timeout_s: float = COMMAND_TIMEOUT_S
@@ -382,9 +387,11 @@ class SglangServer:
         body: bytes | None,
         timeout_s: float,
         before_reading: Callable[[], Awaitable[object]] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> bytes:
         """Send a request and read its answer to the end."""
-        headers = {"Content-Type": "application/json"} if body is not None else None
+        if body is not None:
+            headers = {"Content-Type": "application/json", **(headers or {})}
         # The path needs no quoting, and to look for what does takes time.
         url = URL(f"{self.url}/{call}", encoded=True)
         try:

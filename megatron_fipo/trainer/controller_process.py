@@ -17,6 +17,7 @@ from megatron_fipo.config.load import config_from_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.rollout.generate_responses import RoutingShape
+from megatron_fipo.rollout.request_router import check_router, open_router
 from megatron_fipo.rollout.server_arguments import check_server_arguments
 from megatron_fipo.rollout.server_pool import open_pool
 from megatron_fipo.rollout.sglang_engine import SglangEngine
@@ -66,6 +67,7 @@ class ControllerActions:
         """Check the inputs and start grading."""
         run = config_from_values(RunConfig, config)
         check_server_arguments(run.rollout.sglang.server_arguments)
+        check_router(run.rollout.sglang)
         self._generation = prepare_generation(run, vocab_size, positions, self._resources.enter_context(ExitStack()))
         return Answer()
 
@@ -74,8 +76,10 @@ class ControllerActions:
         shape = None if routing is None else RoutingShape(**routing | {"moe_layers": tuple(routing["moe_layers"])})
         generation, enter = self._generation, self._resources.enter_async_context
         run = generation.config
-        pool = await enter(open_pool(run.model, run.rollout, RunDirectory(run.output_dir).servers))
-        engine = await enter(SglangEngine(pool, run.rollout, generation.vocab_size, shape))
+        folder = RunDirectory(run.output_dir).servers
+        pool = await enter(open_pool(run.model, run.rollout, folder))
+        router = await enter(open_router(run.rollout, pool.api_key, folder))
+        engine = await enter(SglangEngine(pool, run.rollout, generation.vocab_size, shape, router))
         self._controller = generation.controller(engine, NewsToRank0(self._service))
         self._resources.push_async_callback(self._controller.close)
         self._supply = WeightSupply(self._controller, engine, pool, run.pause_mode, self._request_push)

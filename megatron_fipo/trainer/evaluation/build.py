@@ -21,6 +21,7 @@ from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters
+from megatron_fipo.rollout.request_router import check_router
 from megatron_fipo.rollout.samples import Decode
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.rollout.server_arguments import check_server_arguments
@@ -65,6 +66,7 @@ def prepare_problems(config: EvaluateConfig) -> Problems:
     check_positions(config.data.max_prompt_tokens, config.rollout, positions)
     tokenizer = load_tokenizer(folder, int(model["vocab_size"]))
     check_server_arguments(config.rollout.sglang.server_arguments)
+    check_router(config.rollout.sglang)
     usable = load_sources(config.data.evaluation, config.data, tokenizer, limit=config.evaluation.num_prompts)
     check_prompts(config.reward, usable, "data.evaluation")
     prompts = select_prompts(usable, config.evaluation.num_prompts)

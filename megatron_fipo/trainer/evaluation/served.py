@@ -13,6 +13,7 @@ from megatron_fipo.conversion.hf_folder import read_model_config
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.engine import RolloutEngine, ServerAddress
+from megatron_fipo.rollout.request_router import open_router
 from megatron_fipo.rollout.server_pool import open_pool
 from megatron_fipo.rollout.sglang_client import ServerError, SglangServer, open_session
 from megatron_fipo.rollout.sglang_engine import SglangEngine
@@ -78,7 +79,8 @@ class ServedEvaluation:
         async with (
             running(_tell_others()),
             open_pool(config.model, config.rollout, folder) as pool,
-            SglangEngine(pool, config.rollout, vocab_size) as engine,
+            open_router(config.rollout, pool.api_key, folder) as router,
+            SglangEngine(pool, config.rollout, vocab_size, router=router) as engine,
             open_session(pool.api_key, max_requests=1) as session,
         ):
 
