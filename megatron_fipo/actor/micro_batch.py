@@ -49,6 +49,7 @@ class MicroBatch:
         advantages: [t] float32.
         rollout_log_probs: [t] float32, the engine's.
         response_places: [t] int32, place of the predicted token in its response, from 0; 0 outside responses.
+        policy_versions: [t] int32, version of the weights that gave the predicted token; −1 outside responses.
         old_log_probs: [t] float64, the actor's before the first update, whichever policy versions sampled the tokens;
             set by the old-log-probability pass.
         reference_log_probs: [t] float64, the reference policy's; set where the algorithm has a reference KL.
@@ -66,6 +67,7 @@ class MicroBatch:
     advantages: Tensor
     rollout_log_probs: Tensor
     response_places: Tensor
+    policy_versions: Tensor
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
     routed_experts: RoutedExperts | None = None
@@ -95,6 +97,7 @@ def build_micro_batch(
     advantages = torch.zeros(layout.num_tokens, dtype=torch.float32)
     rollout_log_probs = torch.zeros_like(advantages)
     places = torch.zeros(layout.num_tokens, dtype=torch.int32)
+    versions = torch.full_like(places, -1)
     response_lengths = torch.zeros(layout.num_sequences, dtype=torch.int64)
     starts = batch.sequence_starts
     for place, index in enumerate(pack.sequences):
@@ -109,6 +112,7 @@ def build_micro_batch(
         mask[shifted] = counts[1:]
         rollout_log_probs[shifted] = torch.from_numpy(batch.rollout_log_probs[source])[1:]
         places[shifted] = (torch.arange(1, length, dtype=torch.int32) - int(batch.prompt_lengths[index])).clamp(min=0)
+        versions[shifted] = torch.from_numpy(batch.policy_versions[source])[1:]
         advantages[shifted] = float(batch.advantages[index])
         response_lengths[place] = counts[1:].sum()
     local_mask = layout.shard(mask)
@@ -125,4 +129,5 @@ def build_micro_batch(
         advantages=layout.shard(advantages).to(device),
         rollout_log_probs=layout.shard(rollout_log_probs).to(device),
         response_places=layout.shard(places).to(device),
+        policy_versions=layout.shard(versions).to(device),
     )

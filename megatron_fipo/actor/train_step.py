@@ -9,6 +9,7 @@ and knows 32-bit integers alone.)
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
@@ -93,18 +94,19 @@ class TrainStep:
             no_sync = [chunk.no_sync for chunk in forward.chunks]
             provider.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def update(self, micro_batches: Sequence[MicroBatch]) -> UpdateResult:
+    def update(self, micro_batches: Sequence[MicroBatch], policy_version: int | None = None) -> UpdateResult:
         """Take one optimizer step; collective over all ranks.
 
         Nothing changes when no token is left after sequence drops, or when loss or gradient is not finite.
 
         Args:
             micro_batches: This rank's micro-batches of the mini-batch, `old_log_probs` set on the last stage.
+            policy_version: Version of the weights that `old_log_probs` are of; without it nothing is told by version.
         """
         self.optimizer.zero_grad()
         self._denominators, self._denominator = [], None
         learning_rate = self.optimizer.learning_rate
-        parts = self.forward.run(micro_batches, self._loss_function, forward_only=False)
+        parts = self.forward.run(micro_batches, partial(self._loss_function, policy_version), forward_only=False)
         assert self._denominator is not None, "the schedule did not finalize the gradients"
         denominator = float(self._denominator.item())
         summary = self._summarise(micro_batches, parts)
@@ -133,7 +135,7 @@ class TrainStep:
             metrics=summary["metrics"],
         )
 
-    def _loss_function(self, micro_batch: MicroBatch) -> LossFunction:
+    def _loss_function(self, policy_version: int | None, micro_batch: MicroBatch) -> LossFunction:
         def loss(scores: Scores) -> tuple[Tensor, Tensor, dict[str, Any]]:
             assert micro_batch.old_log_probs is not None, "old log-probabilities come before the first update"
             output = policy_loss(
@@ -150,6 +152,7 @@ class TrainStep:
                     entropy=scores["entropy"],
                     response_positions=micro_batch.response_positions,
                     response_places=micro_batch.response_places,
+                    version_lags=None if policy_version is None else policy_version - micro_batch.policy_versions,
                 ),
                 self.algorithm,
                 group=self.context.cp_group,

@@ -1,6 +1,7 @@
 """What a policy loss reports about itself, as accumulators that merge over micro-batches and ranks."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -21,6 +22,9 @@ INFLUENCE_QUANTILES = (10, 250, 500, 750, 990, 999)
 
 MISMATCH_BINS = (0, 256, 1024, 4096, 16384)
 """First places in a response, in tokens, of the parts that have a mean mismatch of their own; the last has no end."""
+
+MISMATCH_LAGS = (0, 1, 2, 3, 4, 8)
+"""Versions behind, as `MISMATCH_BINS`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,13 +136,16 @@ def _influence_metrics(terms: PolicyTerms, config: FipoConfig) -> Metrics:
     }
 
 
-def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, places: Tensor | None = None) -> Metrics:
+def mismatch_metrics(
+    old_log_probs: Tensor, rollout_log_probs: Tensor, places: Tensor | None = None, lags: Tensor | None = None
+) -> Metrics:
     """How far the rollout engine's log-probabilities lie from the trainer's on response tokens.
 
     Args:
         old_log_probs: [R] of the trainer.
         rollout_log_probs: [R] of the engine.
         places: [R] integers, the token's place in its response, from 0; the mean by place is left out without them.
+        lags: [R] integers, versions that the token's weights are behind the trainer's; as `places`.
     """
     mismatch = rollout_log_probs.double() - old_log_probs.double()
     metrics: Metrics = {
@@ -148,19 +155,22 @@ def mismatch_metrics(old_log_probs: Tensor, rollout_log_probs: Tensor, places: T
         "train/mismatch_kl_k3": Accumulator.mean(_k3(-mismatch.clamp(-RAW_CLAMP, RAW_CLAMP))),
     }
     if places is not None:
-        metrics |= _mismatch_by_place(mismatch.abs(), places)
+        metrics |= _means_from("train/mismatch_mean_abs_from", mismatch.abs(), places, MISMATCH_BINS)
+    if lags is not None:
+        metrics |= _means_from("train/mismatch_mean_abs_from_lag", mismatch.abs(), lags, MISMATCH_LAGS)
     return metrics
 
 
-def _mismatch_by_place(sizes: Tensor, places: Tensor) -> Metrics:
+def _means_from(name: str, values: Tensor, places: Tensor, starts: Sequence[int]) -> Metrics:
+    """Means of the values ([R]) whose places ([R]) lie from one start to the next; the first start takes all before."""
     bins = torch.zeros_like(places, dtype=torch.int64)
-    for start in MISMATCH_BINS[1:]:
+    for start in starts[1:]:
         bins += places >= start
-    sums = sizes.new_zeros(2, len(MISMATCH_BINS))
-    sums.index_add_(1, bins, torch.stack([sizes, torch.ones_like(sizes)]))
+    sums = values.new_zeros(2, len(starts))
+    sums.index_add_(1, bins, torch.stack([values, torch.ones_like(values)]))
     return {
-        f"train/mismatch_mean_abs_from_{start}": Accumulator("mean", total, count)
-        for start, total, count in zip(MISMATCH_BINS, sums[0], sums[1], strict=True)
+        f"{name}_{start}": Accumulator("mean", total, count)
+        for start, total, count in zip(starts, sums[0], sums[1], strict=True)
     }
 
 

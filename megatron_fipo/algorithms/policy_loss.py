@@ -63,6 +63,8 @@ class LossInputs:
         response_positions: [R] int64, where `response_mask` is true. Found here if None, which waits for the device.
         sequence_numbers: [N] int64, a number of each sequence that no layout changes; for `influence = shuffled`.
         response_places: [t] integers, the token's place in its response, from 0; for mismatch metrics.
+        version_lags: [t] integers, versions that the weights that gave the token are behind those of `old_log_probs`;
+            for mismatch metrics.
     """
 
     log_probs: Tensor
@@ -77,6 +79,7 @@ class LossInputs:
     response_positions: Tensor | None = None
     sequence_numbers: Tensor | None = None
     response_places: Tensor | None = None
+    version_lags: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,11 +264,12 @@ def _metrics(
 
     metrics = policy_metrics(terms.at(positions), config)
     if inputs.rollout_log_probs is not None:
-        places = inputs.response_places
+        places, lags = inputs.response_places, inputs.version_lags
         metrics |= mismatch_metrics(
             on_responses(inputs.old_log_probs),
             on_responses(inputs.rollout_log_probs),
             None if places is None else on_responses(places),
+            None if lags is None else on_responses(lags),
         )
     if correction is not None:
         metrics["train/rollout_importance_mean"] = Accumulator.mean(on_responses(correction.factors))
@@ -292,7 +296,8 @@ def _sequence_counts(inputs: LossInputs) -> SequenceCounts:
 def _check_inputs(inputs: LossInputs, config: AlgorithmConfig) -> None:
     tokens = (inputs.layout.num_local_tokens,)
     per_token = ("log_probs", "old_log_probs", "advantages", "response_mask")
-    for name in (*per_token, "rollout_log_probs", "reference_log_probs", "entropy", "response_places"):
+    others = ("rollout_log_probs", "reference_log_probs", "entropy", "response_places", "version_lags")
+    for name in (*per_token, *others):
         value = getattr(inputs, name)
         if value is not None and value.shape != tokens:
             raise ValueError(f"{name}.shape = {tuple(value.shape)}: the layout holds {tokens[0]} tokens on this rank")

@@ -120,6 +120,11 @@ _SERVED = Section(
     (
         Metric(name="rollout/wait_s", description="Time that the trainer waited for its batch.", unit="s"),
         Metric(
+            name="rollout/serving_s",
+            description="Time in which any group was on its way, whether the trainer waited or not; without pauses.",
+            unit="s",
+        ),
+        Metric(
             name="rollout/overlap_fraction",
             description="Part of the time of generation in which the trainer did not wait for it.",
             unit="fraction",
@@ -377,6 +382,14 @@ _MISMATCH = Section(
             reduction="mean",
             combination="mean",
         ),
+        Metric(
+            name="train/mismatch_mean_abs_from_lag_<lag>",
+            description="Mean |d| on tokens from weights so many versions before those of π_old, up to the next such "
+            "metric's: at 0 it is numerics alone, beyond it staleness too.",
+            unit="nats",
+            reduction="mean",
+            combination="mean",
+        ),
         Metric(name="train/mismatch_max", description="Largest |d|.", unit="nats", reduction="max", combination="max"),
         Metric(
             name="train/mismatch_kl",
@@ -512,7 +525,8 @@ _PERFORMANCE = Section(
         ),
         Metric(
             name="perf/rollout_response_tokens_per_s",
-            description="Generated response tokens over the time of generation and scoring.",
+            description="Generated response tokens over the time of generation and scoring: that of the phase with the "
+            "embedded engine, `rollout/serving_s` with servers.",
             unit="tokens/s",
         ),
         Metric(
@@ -541,6 +555,11 @@ _PERFORMANCE = Section(
             name="perf/offload_gib",
             description="Memory of rank 0's device that the trainer gave to colocated servers, gradients included.",
             unit="GiB",
+        ),
+        Metric(
+            name="perf/offload_s",
+            description="Time of handing the devices over, within that of the rollout, the weight sync and the export.",
+            unit="s",
         ),
     ),
 )

@@ -165,7 +165,7 @@ def update_policy(run: Run, step: int, micro_batches: Sequence[Sequence[MicroBat
         return results
     with run.timer.phase("update"):
         for number, mini_batch in enumerate(micro_batches):
-            result = train_step.update(mini_batch)
+            result = train_step.update(mini_batch, run.policy_version)
             results.append(result)
             run.progress.advance(number + 1, len(micro_batches))
             if result.applied:

@@ -29,8 +29,11 @@ CAP = 1.5
 LENGTHS = (14, 20, 9, 17)
 
 
-def rollout(log_probs: list[np.ndarray]) -> TrainBatch:
-    """Two groups of two samples, always the same tokens, under the given log-probabilities of the engine."""
+def rollout(log_probs: list[np.ndarray], versions: int = 1) -> TrainBatch:
+    """Two groups of two samples, always the same tokens, under the given log-probabilities of the engine.
+
+    With two versions the second half of each response is of version 1, the rest of version 0.
+    """
     draws = np.random.default_rng(0)
     groups = []
     for number in range(2):
@@ -43,12 +46,17 @@ def rollout(log_probs: list[np.ndarray]) -> TrainBatch:
                 rollout_log_probs=log_probs[2 * number + index].astype(np.float32),
                 finish_reason="stop",
                 policy_version=0,
+                policy_versions=halves(LENGTHS[2 * number + index]) if versions == 2 else None,
                 reward=float(index),
             )
             for index in range(2)
         ]
         groups.append(RolloutGroup(prompt=prompt, samples=samples))
     return build_train_batch(groups, FIPO, temperature=1.0)
+
+
+def halves(length: int) -> np.ndarray:
+    return (np.arange(length) >= length // 2).astype(np.int32)
 
 
 def scored(actor: TinyActor, batch: TrainBatch) -> tuple[list[list[MicroBatch]], list[np.ndarray]]:
@@ -94,8 +102,8 @@ def train(root: Path, versions: int, config: FipoConfig) -> Rollouts:
         engine = newer
         if versions == 2:
             engine = [np.r_[a[: len(a) // 2], b[len(a) // 2 :]] for a, b in zip(older, newer, strict=True)]
-        second, trainer = scored(actor, rollout(engine))
-        results = [train_step.update(mini_batch) for mini_batch in second]
+        second, trainer = scored(actor, rollout(engine, versions))
+        results = [train_step.update(mini_batch, versions - 1) for mini_batch in second]
         weights = {name: tensor.clone() for name, tensor in actor.bridge.export(unwrap(actor.chunks))}
         return Rollouts(Outcome(results, weights), np.concatenate(engine), np.concatenate(trainer))
 
@@ -139,6 +147,19 @@ def test_mismatch_sees_the_versions(rollouts: dict[str, Rollouts]) -> None:
     assert max(result.metrics["train/mismatch_max"] for result in one.outcome.results) < 1e-6
     expected = np.abs(two.engine.astype(np.float32) - two.trainer).max()
     assert max(result.metrics["train/mismatch_max"] for result in two.outcome.results) == pytest.approx(expected)
+
+
+def test_mismatch_is_told_by_version(rollouts: dict[str, Rollouts]) -> None:
+    one, two = rollouts["one version"], rollouts["two versions"]
+    for number, result in enumerate(two.outcome.results):
+        tokens = slice(sum(LENGTHS[: 2 * number]), sum(LENGTHS[: 2 * number + 2]))
+        is_old = np.concatenate([halves(length) for length in LENGTHS])[tokens] == 0
+        sizes = np.abs(two.engine.astype(np.float32) - two.trainer)[tokens]
+        by_lag = [result.metrics[f"train/mismatch_mean_abs_from_lag_{lag}"] for lag in (0, 1)]
+        assert by_lag == [pytest.approx(sizes[~is_old].mean()), pytest.approx(sizes[is_old].mean())]
+        assert by_lag[0] < 1e-6 < 1e-3 < by_lag[1]
+        assert "train/mismatch_mean_abs_from_lag_2" not in result.metrics
+    assert all("train/mismatch_mean_abs_from_lag_1" not in result.metrics for result in one.outcome.results)
 
 
 def test_the_truncated_importance_factor_corrects_the_loss_and_not_the_future_kl(rollouts: dict[str, Rollouts]) -> None:

@@ -64,6 +64,7 @@ OF_LOG_PROBS = {
     "train/mismatch_max",
     "train/mismatch_mean_abs",
     "train/mismatch_mean_abs_from_0",
+    "train/mismatch_mean_abs_from_lag_0",
 }
 
 
