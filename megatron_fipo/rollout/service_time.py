@@ -27,7 +27,7 @@ class ServiceTime:
         """The batch is full: what it took, as metrics; the next one's time begins."""
         self.serve(self._since is not None)
         assert self._awaited_at is not None, "a batch is full only once it is awaited"
-        metrics = {"rollout/wait_s": _now() - self._awaited_at}
+        metrics = {"rollout/wait_s": _now() - self._awaited_at, "rollout/serving_s": self._busy_s}
         if self._busy_s > 0:
             metrics["rollout/overlap_fraction"] = self._hidden_s / self._busy_s
         self._busy_s, self._awaited_at = 0.0, None

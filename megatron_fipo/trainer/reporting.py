@@ -66,7 +66,8 @@ def report_step(
         metrics |= {"train/updates": batch.num_mini_batches, "train/updates_skipped": batch.num_mini_batches}
     metrics |= measured
     metrics |= times
-    metrics |= _throughput(batch, rollout, times) | memory
+    generated = {} if rollout is None else rollout.metrics
+    metrics |= throughput(int(batch.sequence_lengths.sum()), generated, times) | memory
     run.metrics_writer.write(metrics)
     run.progress.end_step(step, metrics)
     _log_step(run, metrics)
@@ -112,19 +113,22 @@ def _memory() -> dict[str, float]:
     return render_metrics(reduce_metrics(parts))
 
 
-def _throughput(batch: TrainBatch, rollout: Rollout | None, times: Mapping[str, float]) -> dict[str, float]:
-    tokens = float(batch.sequence_lengths.sum())
-    generated = 0.0 if rollout is None else rollout.metrics["rollout/response_tokens_generated"]
-    counts = {
-        ("rollout", "perf/rollout_response_tokens_per_s"): generated,
-        ("old_log_probs", "perf/old_log_probs_tokens_per_s"): tokens,
-        ("update", "perf/update_tokens_per_s"): tokens,
+def throughput(num_tokens: int, rollout: Mapping[str, float], times: Mapping[str, float]) -> dict[str, float]:
+    """Tokens per second of the phases that took place.
+
+    Args:
+        num_tokens: Prompt and response tokens of the batch.
+        rollout: Metrics of its rollout; none in train-only runs.
+        times: Seconds by phase.
+    """
+    # Servers generate for later steps, too, and while nobody waits for them.
+    generation_s = rollout.get("rollout/serving_s", times.get("time/rollout_s"))
+    counted = {
+        "perf/rollout_response_tokens_per_s": (rollout.get("rollout/response_tokens_generated"), generation_s),
+        "perf/old_log_probs_tokens_per_s": (num_tokens, times.get("time/old_log_probs_s")),
+        "perf/update_tokens_per_s": (num_tokens, times.get("time/update_s")),
     }
-    return {
-        key: count / times[f"time/{phase}_s"]
-        for (phase, key), count in counts.items()
-        if count and times.get(f"time/{phase}_s")
-    }
+    return {key: count / seconds for key, (count, seconds) in counted.items() if count and seconds}
 
 
 def _log_step(run: Run, metrics: Mapping[str, Any]) -> None:

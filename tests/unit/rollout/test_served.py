@@ -60,6 +60,7 @@ def test_without_a_lag_nothing_is_generated_while_the_trainer_trains() -> None:
     assert seconds(steps) == [17.0] * 3
     assert [step.collected.metrics["rollout/wait_s"] for step in steps] == pytest.approx([10.0] * 3)
     assert [step.collected.metrics["rollout/overlap_fraction"] for step in steps] == [0.0] * 3
+    assert [step.collected.metrics["rollout/serving_s"] for step in steps] == pytest.approx([10.0] * 3)
     assert not CATALOGUE.undeclared(steps[0].collected.metrics)
 
 
@@ -154,6 +155,7 @@ def test_where_generation_takes_longer_the_trainer_waits_for_the_difference() ->
     assert seconds(steps) == [14.0, *[10.0] * 3]
     assert steps[2].collected.metrics["rollout/wait_s"] == pytest.approx(6.0)
     assert steps[2].collected.metrics["rollout/overlap_fraction"] == pytest.approx(0.4)
+    assert steps[2].collected.metrics["rollout/serving_s"] == pytest.approx(10.0)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3])

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.actor.train_step import UpdateResult
-from megatron_fipo.trainer.reporting import combine_updates, warn_of_noise
+from megatron_fipo.trainer.reporting import combine_updates, throughput, warn_of_noise
 
 
 def update(loss: float, metrics: dict[str, float] | None = None, **values: Any) -> UpdateResult:
@@ -94,3 +94,15 @@ def test_noise_on_the_null_mini_batch_over_budget_is_said(caplog: pytest.LogCapt
 
 def test_no_update_is_no_metric() -> None:
     assert combine_updates([]) == {}
+
+
+def test_speed_of_generation_is_over_the_time_in_which_something_was_generated() -> None:
+    times = {"time/rollout_s": 2.0, "time/update_s": 5.0}
+    embedded = throughput(600, {"rollout/response_tokens_generated": 400}, times)
+    assert embedded == {"perf/rollout_response_tokens_per_s": 200.0, "perf/update_tokens_per_s": 120.0}
+    # The trainer waited for 2 s of these 8.
+    ahead = throughput(600, {"rollout/response_tokens_generated": 400, "rollout/serving_s": 8.0}, times)
+    assert ahead["perf/rollout_response_tokens_per_s"] == 50.0
+    # All of the batch was there already.
+    idle = throughput(600, {"rollout/response_tokens_generated": 0, "rollout/serving_s": 0.0}, times)
+    assert "perf/rollout_response_tokens_per_s" not in idle
