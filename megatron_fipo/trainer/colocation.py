@@ -142,7 +142,7 @@ class Colocation:
 
     def drain(self) -> dict[str, float]:
         """Metrics of the hand-overs since the last call: this rank's bytes, and seconds."""
-        metrics = {"perf/offload_gib": self.trainer.drain() / 1024**3, "time/offload_s": self._seconds}
+        metrics = {"perf/offload_gib": self.trainer.drain() / 1024**3, "perf/offload_s": self._seconds}
         self._seconds = 0.0
         return metrics
 

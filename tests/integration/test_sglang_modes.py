@@ -20,6 +20,7 @@ from megatron_fipo.actor.offload import ActorMemory
 from megatron_fipo.actor.optimizer import gradient_buffers
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.sglang import SglangConfig
+from megatron_fipo.config.weight_sync import WeightSyncConfig
 from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.platform.host_memory import storages_of
 from megatron_fipo.rollout.batch import batch_path, build_train_batch, save_batch
@@ -218,12 +219,12 @@ def check_replay(root: Path, outcome: Outcome) -> None:
         mode="train_only",
         recorded_rollouts=recorded,
         data=None,
-        rollout=replace(config.rollout, engine="embedded", colocated=False, sglang=SglangConfig()),
     )
     ends = run_distributed(run_in_turn, 2, [replay], timeout_s=300.0)
     assert [ended.error for (ended,) in ends] == [(), ()]
     again = read_lines(replay.output_dir / "metrics.jsonl")
-    for key in ("train/loss_by_update", "train/grad_norm_by_update", "train/entropy"):
+    of_lags = [f"train/mismatch_mean_abs_from_lag_{lag}" for lag in (0, 1)]
+    for key in ("train/loss_by_update", "train/grad_norm_by_update", "train/entropy", *of_lags):
         assert [line.get(key) for line in again[1:]] == [line.get(key) for line in outcome.lines[1:]]
     weights, others = (load_file(each.output_dir / "export" / "model.safetensors") for each in (config, replay))
     assert weights.keys() == others.keys()
@@ -251,3 +252,84 @@ def test_a_colocated_run_hands_the_devices_over(root: Path, sglang_server: Runni
     check_journal(outcome)
     check_hand_over(outcome)
     check_replay(root, outcome)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("transport", "sent"), [("tensor", "tensors"), ("disk", "folder")])
+def test_a_run_sends_weights_by_other_transports(
+    root: Path, sglang_server: RunningServer, transport: Any, sent: str
+) -> None:
+    with watched(sglang_server) as proxy:
+        sync = WeightSyncConfig(transport=transport)
+        outcome = outcome_of(serve(root, transport, sglang_server, proxy.url, weight_sync=sync), proxy)
+    check_syncs(outcome)
+    check_journal(outcome)
+    assert runs_of(outcome.asked) == ["pause retract", "begin", sent, "end", "flush", "version", "continue"] * 2
+    # One version of the weights is left.
+    assert len(list((outcome.config.output_dir / "weights").glob("*"))) == (transport == "disk")
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """How a run ahead of its trainer treats the requests that a synchronisation meets.
+
+    Attributes:
+        pause: The pause mode.
+        partial: Whether interrupted responses go on from their tokens.
+        mixes: Whether a response may have tokens of two versions.
+        is_exact: Whether tokens of the newest weights have been computed with these alone.
+    """
+
+    pause: Any
+    partial: bool
+    mixes: bool
+    is_exact: bool
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(Ahead("abort", False, False, True), id="abort"),
+        pytest.param(Ahead("abort", True, True, True), id="partial"),
+        pytest.param(Ahead("retract", False, True, True), id="retract"),
+        pytest.param(Ahead("in_place", False, True, False), id="in_place"),
+    ],
+)
+def test_a_run_ahead_of_its_trainer(root: Path, sglang_server: RunningServer, way: Ahead) -> None:
+    name = f"ahead_{way.pause}_{way.partial}"
+    with watched(sglang_server) as proxy:
+        config = serve(
+            root,
+            name,
+            sglang_server,
+            proxy.url,
+            num_steps=4,
+            rollout={"policy_lag": 1, "partial_rollouts": way.partial, "max_response_tokens": 200},
+            parallelism=TWO_RANKS | {"max_tokens_per_micro_batch": 256},
+            weight_sync=WeightSyncConfig(pause=way.pause),
+        )
+        outcome = outcome_of(config, proxy)
+    check_syncs(outcome)
+    check_journal(outcome)
+    check_versions(outcome, way)
+    check_replay(root, outcome)
+
+
+def check_versions(outcome: Outcome, way: Ahead) -> None:
+    """Each token has the version of the weights that gave it, and lies as far from the trainer as that says."""
+    samples = [sample for entry in outcome.journal for group in entry.groups for sample in group.samples]
+    assert all(np.all(np.diff(sample.token_versions) >= 0) for sample in samples)
+    num_mixed = sum(sample.token_versions[0] != sample.token_versions[-1] for sample in samples)
+    assert (num_mixed > 0) == way.mixes
+    steps = outcome.lines[1:]
+    assert (sum(line["rollout/requests_interrupted"] for line in steps) > 0) == (way.pause == "abort")
+    if way.pause == "abort":
+        assert (sum(line["rollout/response_tokens_discarded"] for line in steps) == 0) == way.partial
+    of_lag = [[line.get(f"train/mismatch_mean_abs_from_lag_{lag}") for line in steps] for lag in (0, 1)]
+    newest, older = ([each for each in values if each is not None] for values in of_lag)
+    assert newest and older and min(older) > 1e-4
+    assert (max(newest) < 1e-5) == way.is_exact
+    for entry, line in zip(outcome.journal, steps, strict=True):
+        versions = np.concatenate([sample.token_versions for group in entry.groups for sample in group.samples])
+        assert line["rollout/token_staleness_mean"] == pytest.approx(entry.policy_version - versions.mean())
