@@ -98,7 +98,7 @@ def input_token_ids(request: GenerationRequest) -> IntArray:
     return np.concatenate([request.prompt_token_ids, request.begun_token_ids])
 
 
-def request_body(request: GenerationRequest, rid: str, with_seed: bool) -> bytes:
+def request_body(request: GenerationRequest, rid: str, policy_version: int, with_seed: bool) -> bytes:
     """A request as /generate takes it.
 
     Greedy decoding goes out as temperature 0, which SGLang turns into temperature 1 and top-k 1: the log-probabilities
@@ -107,6 +107,8 @@ def request_body(request: GenerationRequest, rid: str, with_seed: bool) -> bytes
     Args:
         request: The request.
         rid: Names this attempt; no other rid may begin with it, because an abort would hit both.
+        policy_version: Version of the server's weights. Prompts share a KV cache with those of this version alone:
+            with pause mode "in_place" the server still has that of older weights.
         with_seed: Whether the server is deterministic and so heeds the seed.
     """
     sampling = request.sampling
@@ -125,6 +127,7 @@ def request_body(request: GenerationRequest, rid: str, with_seed: bool) -> bytes
         "input_ids": np.ascontiguousarray(input_token_ids(request)),
         "sampling_params": parameters,
         "return_logprob": True,
+        "extra_key": str(policy_version),
     }
     if request.with_routing:
         payload["return_routed_experts"] = True

@@ -196,7 +196,8 @@ class SglangServer:
     ) -> FloatArray:
         """Log-probabilities of a given response, at temperature 1.
 
-        The server computes them in one prefill and generates nothing.
+        The server computes them in one prefill and generates nothing. It takes nothing from its KV cache, which may be
+        of older weights: it never does where log-probabilities of a whole prompt are asked for.
 
         Args:
             prompt_token_ids: At least one.
@@ -206,23 +207,22 @@ class SglangServer:
         Returns:
             [R] float32.
         """
-        # The first entry of what is asked for has no log-probability in it, so begin at the prompt's last token.
-        first = len(prompt_token_ids) - 1
         token_ids = [*map(int, prompt_token_ids), *map(int, response_token_ids)]
         payload = {
             "input_ids": token_ids,
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
-            "logprob_start_len": first,
+            "logprob_start_len": 0,
         }
         answer = await self._ask_json("POST", "generate", payload, timeout_s)
         try:
-            entries = answer["meta_info"]["input_token_logprobs"][1:]
-            log_probs = np.array([entry[0] for entry in entries], dtype=np.float32)
+            entries = answer["meta_info"]["input_token_logprobs"]
             told = [entry[1] for entry in entries]
+            # The first one of all has no log-probability.
+            log_probs = np.array([entry[0] for entry in entries[len(prompt_token_ids) :]], dtype=np.float32)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise self._nonsense("generate", f"its log-probabilities of a prompt lack or garble {error}") from error
-        if told != token_ids[first + 1 :]:
+        if told != token_ids:
             raise self._nonsense("generate", f"log-probabilities of {len(told)} tokens, not of those that were sent")
         return log_probs
 

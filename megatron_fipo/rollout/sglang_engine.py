@@ -414,7 +414,8 @@ class SglangEngine:
 
         request, rid = flight.request, flight.rid
         try:
-            body = request_body(request, rid, all(server.info.is_deterministic for server in flight.servers))
+            is_deterministic = all(server.info.is_deterministic for server in flight.servers)
+            body = request_body(request, rid, flight.first_version, is_deterministic)
             answer = await way.generate(flight, body, self._config.sglang.request_timeout_s, take_slot)
             result = await self._read(answer, request, rid)
             self._check_version(result, flight)

@@ -273,7 +273,7 @@ def test_experts_of_other_positions_layers_or_numbers_are_refused(experts: Any, 
 
 def test_a_request_names_its_attempt_and_goes_on_where_it_was_interrupted() -> None:
     request = make_request(max_tokens=10, begun=3, with_routing=True)
-    body = json.loads(request_body(request, RID, with_seed=True))
+    body = json.loads(request_body(request, RID, 4, with_seed=True))
     assert body == {
         "rid": RID,
         "input_ids": [0, 1, 2, 3, 4, 50, 51, 52],
@@ -287,11 +287,12 @@ def test_a_request_names_its_attempt_and_goes_on_where_it_was_interrupted() -> N
         },
         "return_logprob": True,
         "return_routed_experts": True,
+        "extra_key": "4",
     }
     np.testing.assert_array_equal(input_token_ids(request), body["input_ids"])
 
 
 def test_greedy_is_temperature_0_and_a_seed_goes_only_to_who_heeds_it() -> None:
-    parameters = json.loads(request_body(make_request(greedy=True), RID, with_seed=False))["sampling_params"]
+    parameters = json.loads(request_body(make_request(greedy=True), RID, 4, with_seed=False))["sampling_params"]
     assert (parameters["temperature"], parameters["top_p"]) == (0.0, 1.0)
     assert "sampling_seed" not in parameters

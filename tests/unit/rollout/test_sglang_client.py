@@ -118,16 +118,16 @@ def test_the_key_and_the_fields_of_a_command_reach_the_server() -> None:
 
 
 def test_log_probs_of_a_response_are_those_after_the_prompts_last_token() -> None:
-    entries = [[None, 3, None], [-1.5, 4, None], [-0.25, 5, None]]
+    entries = [[None, 1, None], [-9.0, 2, None], [-8.0, 3, None], [-1.5, 4, None], [-0.25, 5, None]]
 
     async def ask() -> None:
         answer = {"output_ids": [], "meta_info": {"input_token_logprobs": entries}}
         async with serving(generate=answer) as (server, calls):
             log_probs = await server.response_log_probs(np.array([1, 2, 3]), np.array([4, 5]))
             np.testing.assert_array_equal(log_probs, np.float32([-1.5, -0.25]))
-            assert calls.seen[0][2]["logprob_start_len"] == 2
+            assert calls.seen[0][2]["logprob_start_len"] == 0
             assert calls.seen[0][2]["input_ids"] == [1, 2, 3, 4, 5]
-            with pytest.raises(ServerNonsenseError, match="2 tokens, not of those that were sent"):
+            with pytest.raises(ServerNonsenseError, match="5 tokens, not of those that were sent"):
                 await server.response_log_probs([1, 2, 3], [4, 6])
 
     run(ask())
