@@ -57,6 +57,7 @@ class StubSglang:
         self.lives = 0
         self.api_key: str | None = None
         self.running: set[_Running] = set()
+        self._connections: set[asyncio.BaseTransport] = set()
         self._may_run, self._news, self._closing = asyncio.Event(), asyncio.Condition(), asyncio.Event()
         self._may_run.set()
         self.url = ""
@@ -85,6 +86,13 @@ class StubSglang:
             each.spans.append((self.weight_version, each.count // 2))
         self.weight_version = str(policy_version)
 
+    def cut_connections(self) -> None:
+        """Answer nothing of what was asked, as a process that is killed."""
+        for connection in self._connections:
+            assert isinstance(connection, asyncio.Transport)
+            connection.abort()
+        self._connections.clear()
+
     async def close(self) -> None:
         """Let go of whoever waits."""
         self._closing.set()
@@ -94,9 +102,12 @@ class StubSglang:
     async def handle(self, request: web.Request) -> web.Response:
         call = request.path.removeprefix("/")
         self.calls.append(call)
+        assert request.transport is not None
+        self._connections.add(request.transport)
         if self.is_silent:
             await self._closing.wait()
-        if self.api_key is not None and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+        is_open = self.api_key is None or call.startswith("health")
+        if not is_open and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return _json({"error": "Unauthorized"}, 401)
         body = await request.read()
         payload = orjson.loads(body) if body else {}

@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -9,19 +9,12 @@ import pytest
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.rollout import sglang_engine
-from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters, ServedEngine
+from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, ServedEngine
 from megatron_fipo.rollout.generate_responses import RoutingShape
 from megatron_fipo.rollout.sglang_engine import SglangEngine
 from megatron_fipo.runtime.errors import RunError
-from tests.stub_sglang import (
-    MAX_REQUEST_INPUT,
-    VOCABULARY,
-    StubPool,
-    StubSglang,
-    expected_log_prob,
-    expected_tokens,
-    serving,
-)
+from tests.stub_rollouts import check, known, make_requests, sync, take
+from tests.stub_sglang import MAX_REQUEST_INPUT, VOCABULARY, StubPool, StubSglang, serving
 
 
 @pytest.fixture(autouse=True)
@@ -29,34 +22,6 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang_engine, "FIRST_BACK_OFF_S", 0.01)
     monkeypatch.setattr(sglang_engine, "PROBE_AGAIN_S", 0.01)
     monkeypatch.setattr(sglang_engine, "ABORT_INTERVAL_S", 0.05)
-
-
-def make_requests(num_groups: int, group_size: int = 2, max_tokens: int = 6, **more: Any) -> list[GenerationRequest]:
-    return [
-        GenerationRequest(
-            prompt_id=f"p{group}",
-            sample_index=index,
-            prompt_token_ids=np.array([group % VOCABULARY, index, 3], dtype=np.int32),
-            seed=0,
-            sampling=SamplingParameters(temperature=1.0, top_p=1.0, max_tokens=max_tokens, stop_token_ids=()),
-            **more,
-        )
-        for group in range(num_groups)
-        for index in range(group_size)
-    ]
-
-
-def check(request: GenerationRequest, result: GenerationResult) -> None:
-    """The tokens are the stub's for this very request, and their log-probabilities of the versions that are told."""
-    begun = [] if request.begun_token_ids is None else request.begun_token_ids.tolist()
-    most = request.sampling.max_tokens - len(begun)
-    tokens = expected_tokens([*request.prompt_token_ids.tolist(), *begun], most)
-    assert result.token_ids.tolist() == tokens[: len(result.token_ids)]
-    assert result.finish_reason == "abort" or len(result.token_ids) == most
-    versions = result.policy_versions
-    versions = [result.policy_version] * len(tokens) if versions is None else versions.tolist()
-    log_probs = [expected_log_prob(token, version) for token, version in zip(result.token_ids, versions, strict=False)]
-    assert result.log_probs.tolist() == log_probs
 
 
 @asynccontextmanager
@@ -73,30 +38,6 @@ async def running(
             if version is not None:
                 await sync(engine, stubs, version)
             yield engine, stubs, pool
-
-
-async def known(engine: SglangEngine, count: int) -> None:
-    while len(engine.servers) < count:
-        await asyncio.sleep(0.005)
-
-
-async def sync(engine: SglangEngine, stubs: Sequence[StubSglang], version: int, failed: Sequence[str] = ()) -> None:
-    for stub in stubs:
-        stub.set_version(version)
-    await engine.resume(version, failed)
-
-
-async def take(engine: SglangEngine, requests: Sequence[GenerationRequest]) -> dict[str, GenerationResult]:
-    """All results, none twice, each what its request asked for."""
-    results: dict[str, GenerationResult] = {}
-    async for result in engine.stream():
-        assert result.request_id not in results
-        results[result.request_id] = result
-    asked = {request.request_id: request for request in requests}
-    assert results.keys() == asked.keys()
-    for name, result in results.items():
-        check(asked[name], result)
-    return results
 
 
 def run(coroutine: Awaitable[Any]) -> Any:
