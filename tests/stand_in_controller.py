@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -43,6 +44,12 @@ async def main(line: int, files: int) -> None:
     async def ask_for_weights() -> Answer:
         return Answer(value=await service.request_push([SERVER]))
 
+    async def say(text: str) -> Answer:
+        print(text, file=sys.stderr, flush=True)
+        # A child of the controller speaks, too.
+        await asyncio.to_thread(subprocess.run, [sys.executable, "-c", f"print('a child says {text}')"], check=True)
+        return Answer()
+
     async def die() -> Answer:
         os.kill(os.getpid(), signal.SIGKILL)
         return Answer()
@@ -54,6 +61,7 @@ async def main(line: int, files: int) -> None:
             "take_time": take_time,
             "fail": fail,
             "ask_for_weights": ask_for_weights,
+            "say": say,
             "die": die,
         }
     )

@@ -4,9 +4,11 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any
 
 from megatron_fipo.parallel.collectives import Arrays
 from megatron_fipo.runtime.child_process import child_environment
@@ -19,6 +21,7 @@ CONTROLLER_MODULE = "megatron_fipo.trainer.controller_process"
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PART_BYTES = 1 << 20
 _CLOSE_PATIENCE_S = 90.0
+_LAST_WORDS_S = 1.0
 
 
 class ControllerEndedError(RunError):
@@ -29,7 +32,8 @@ class ControllerLink:
     """A controller process, and the line to it: messages both ways, and whole arrays from it.
 
     The process is started by plain exec, in a session of its own, so that a Ctrl-C reaches this one alone. It ends
-    gracefully as soon as this end of the line is closed, also by a crash of this process.
+    gracefully as soon as this end of the line is closed, also by a crash of this process. What it and its children
+    write to their output comes out of this process's `sys.stderr`, line by line: under a live view that is the screen.
 
     Args:
         module: What it runs.
@@ -46,10 +50,17 @@ class ControllerLink:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno()), str(their_files.fileno())],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(), their_files.fileno()),
                 start_new_session=True,
                 env=environment,
             )
+        assert self.process.stdout is not None
+        self._voice = threading.Thread(
+            target=_pass_on, args=(self.process.stdout,), name="controller's output", daemon=True
+        )
+        self._voice.start()
 
     def send(self, message: Any) -> None:
         """Send a message.
@@ -103,6 +114,7 @@ class ControllerLink:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._voice.join(_LAST_WORDS_S)
 
     def _whole_message(self) -> Any:
         if len(self._received) < LENGTH_BYTES:
@@ -119,7 +131,19 @@ class ControllerLink:
             status = self.process.wait(timeout=10.0)
         except subprocess.TimeoutExpired:
             return ControllerEndedError("the rollout controller has closed its line; its messages are above")
+        # Children that have outlived it may hold its output open.
+        self._voice.join(_LAST_WORDS_S)
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         return ControllerEndedError(
             f"the rollout controller (process {self.process.pid}) {how}; its messages, if any, are above"
         )
+
+
+def _pass_on(output: IO[bytes]) -> None:
+    """Write lines to whatever `sys.stderr` is at the moment, to the end of the output."""
+    with output:
+        for line in output:
+            # It may be closed, or a terminal that is gone.
+            with suppress(OSError, ValueError):
+                sys.stderr.write(line.decode(errors="replace"))
+                sys.stderr.flush()

@@ -1,17 +1,21 @@
 """Ranks that wait together for a controller process, here one that generates nothing."""
 
+import io
 import os
 import select
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from rich.console import Console
 
 from megatron_fipo.config.base import ConfigError
+from megatron_fipo.display.live_view import LiveView
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.trainer import controller_calls
@@ -122,6 +126,16 @@ def test_a_controller_that_is_killed_ends_the_run_on_every_rank(seen: list[dict[
             kind, text = each[moment]
             assert kind == "ControllerEndedError"
             assert text.endswith("was killed by signal 9; its messages, if any, are above")
+
+
+def test_what_the_controller_says_is_on_the_live_view(tmp_path: Path) -> None:
+    terminal = io.StringIO()
+    with closing(ControllerLink(STAND_IN)) as link, LiveView(Console(file=terminal, force_terminal=True)) as view:
+        view.begin_run(tmp_path, 1)
+        link.send({"request": 1, "do": "say", "with": {"text": "hello"}})
+        assert link.receive(60.0)["answer"] == 1
+        link.close()
+        assert [line for line in view.view().lines if "hello" in line] == ["hello", "a child says hello"]
 
 
 def test_the_controller_ends_when_rank_0_is_killed() -> None:
