@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
+from megatron_fipo.rollout.request_router import RequestRouter, open_router
 from megatron_fipo.rollout.sglang_client import ServerRefusedError, SglangServer, open_session
 from megatron_fipo.rollout.sglang_engine import SglangEngine
 from tests.misbehaving_proxy import FAULTS, misbehaving
@@ -31,14 +33,18 @@ def model(sglang_server: RunningServer) -> Any:
 
 @asynccontextmanager
 async def generating(
-    server: RunningServer, vocabulary_size: int, url: str | None = None, **sglang: Any
+    server: RunningServer,
+    vocabulary_size: int,
+    url: str | None = None,
+    router: RequestRouter | None = None,
+    **sglang: Any,
 ) -> AsyncIterator[tuple[SglangEngine, SglangServer]]:
     pool = StubPool([], [url or server.url])
     pool.api_key = server.api_key
     config = RolloutConfig(engine="sglang", sglang=SglangConfig(**sglang))
     async with (
         open_session(server.api_key, 4) as session,
-        SglangEngine(pool, config, vocabulary_size) as engine,
+        SglangEngine(pool, config, vocabulary_size, router=router) as engine,
     ):
         client = SglangServer(server.url, session)
         await client.update_weight_version(VERSION)
@@ -146,6 +152,38 @@ def test_a_pause_leaves_each_token_the_version_that_gave_it(
                 versions = result.policy_versions
                 assert versions is None or np.all(np.diff(versions) >= 0) and versions[-1] == VERSION + 1
                 assert mode == "abort" or result.finish_reason != "abort"
+
+    run(generate())
+
+
+def test_a_router_before_the_server_changes_nothing(sglang_server: RunningServer, model: Any, tmp_path: Path) -> None:
+    config = RolloutConfig(engine="sglang", sglang=SglangConfig(use_router=True))
+
+    async def generate() -> None:
+        async with (
+            open_router(config, sglang_server.api_key, tmp_path) as router,
+            generating(sglang_server, model.config.vocab_size, router=router) as (engine, client),
+        ):
+            assert router is not None
+            while not router.servers:
+                await take(engine, make_request(0))
+            request = make_request(1, temperature=0.7)
+            result = (await take(engine, request))[request.request_id]
+            log_probs = scored(model, request, result, 0.7)
+            expected = log_probs.gather(1, torch.from_numpy(result.token_ids).long()[:, None])[:, 0]
+            np.testing.assert_allclose(result.log_probs, expected, atol=1e-4)
+            requests = [make_request(number, max_tokens=240) for number in range(4)]
+            await engine.submit(requests)
+            await asyncio.sleep(0.2)
+            assert router.flights
+            await engine.abort([requests[0].request_id])
+            await engine.pause("in_place")
+            await client.update_weight_version(VERSION + 1)
+            await engine.resume(VERSION + 1, ())
+            results = {result.request_id: result async for result in engine.stream()}
+            assert results.keys() == {request.request_id for request in requests}
+            assert results["p0#0"].finish_reason in ("abort", "stop")
+            assert any(result.policy_versions is not None for result in results.values())
 
     run(generate())
 
