@@ -50,7 +50,8 @@ class SglangConfig:
     """Times that one request is tried, on whatever server, before the run stops."""
 
     max_restarts: int = 3
-    """Times that one server is restarted before the run goes on without it; without any server it stops."""
+    """Times that one server is restarted before the run goes on without it; without any server it stops. An hour of
+    service begins the count anew."""
 
     def __post_init__(self) -> None:
         """Check ranges and combinations."""

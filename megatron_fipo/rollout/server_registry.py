@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 FIRST_BACK_OFF_S = 1.0
 LONGEST_BACK_OFF_S = 60.0
+SOUND_LIFE_S = 3600.0
+"""A server that has been ready for so long is as good as new: its restarts are counted anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +143,10 @@ class _Server:
         places: Nodes of its parts, in the order of their ranks.
         index: Which server of these nodes.
         life: Number of its latest life; 0 before the first one.
-        runs: Whether that life is ordered.
+        num_short_lives: Lives that have ended since it was last sound.
+        runs: Whether the latest life is ordered.
         url: Where it answers; None as long as it is not ready.
+        ready_at: Since when, on the event loop's clock.
         init_address: Where its parts meet.
         given_up: Why there will be no further life.
         back_off: What begins the next one.
@@ -152,8 +156,10 @@ class _Server:
     places: tuple[int, ...]
     index: int
     life: int = 0
+    num_short_lives: int = 0
     runs: bool = False
     url: str | None = None
+    ready_at: float = 0.0
     init_address: str | None = None
     given_up: str | None = None
     back_off: asyncio.TimerHandle | None = None
@@ -271,7 +277,7 @@ class ServerRegistry:
             if report.ended is not None:
                 self._end(server, report.ended)
             elif server.url is None and report.url is not None:
-                server.url = report.url
+                server.url, server.ready_at = report.url, agent.seen_at
                 log.info("%s is ready at %s", server.name, report.url)
                 self._tell()
         return [
@@ -335,12 +341,15 @@ class ServerRegistry:
         """End a life, and have the next one begin after a while, longer each time."""
         if self.closing:
             return
+        now = asyncio.get_running_loop().time()
+        was_sound = server.url is not None and now - server.ready_at >= SOUND_LIFE_S
+        server.num_short_lives = 1 if was_sound else server.num_short_lives + 1
         server.runs, server.url = False, None
-        if server.life > self.max_restarts:
+        if server.num_short_lives > self.max_restarts:
             server.given_up = f"{reason} (it was restarted {self.max_restarts} times)"
             log.error("%s: %s; the run goes on without this server", server.name, server.given_up)
         else:
-            delay_s = min(FIRST_BACK_OFF_S * 2 ** (server.life - 1), LONGEST_BACK_OFF_S)
+            delay_s = min(FIRST_BACK_OFF_S * 2 ** (server.num_short_lives - 1), LONGEST_BACK_OFF_S)
             log.warning("%s: %s; it is restarted in %g s", server.name, reason, delay_s)
             server.back_off = asyncio.get_running_loop().call_later(delay_s, self._begin, server)
         self._tell()

@@ -120,6 +120,24 @@ def test_a_server_that_cannot_start_ends_the_run_with_its_log(
     asyncio.run(scenario())
 
 
+def test_a_server_that_was_sound_may_be_restarted_as_often_as_a_new_one(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_pool(model, rollout(max_restarts=1), tmp_path / "servers") as pool:
+            monkeypatch.setattr(server_registry, "SOUND_LIFE_S", 0.0)
+            for life in ("server0.life1", "server0.life2"):
+                await until(pool, lambda life=life: [each.name for each in pool.lives] == [life])
+                await pool.restart(life, "it repeats itself")
+            monkeypatch.setattr(server_registry, "SOUND_LIFE_S", 3600.0)
+            await until(pool, lambda: bool(pool.lives))
+            await pool.restart("server0.life3", "it repeats itself")
+            with pytest.raises(RunError, match=r"server 0: it repeats itself \(it was restarted 1 times\)"):
+                await until(pool, lambda: False)
+
+    asyncio.run(scenario())
+
+
 def test_a_lost_agent_takes_its_servers_along_and_is_replaced(model: ModelConfig, tmp_path: Path) -> None:
     folder = tmp_path / "servers"
 
