@@ -6,6 +6,7 @@ those that may serve; while the two differ, and once the router is gone, request
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import logging
@@ -41,6 +42,8 @@ MAX_FAILED_PROBES = 2
 _SETTLE_S = 0.1
 _NO_ANSWER = (aiohttp.ClientError, TimeoutError, OSError, KeyError, TypeError, ValueError)
 _STOP_GRACE_S = 1.0
+# A server that joins is asked for its health, again and again until then.
+_JOIN_TIMEOUT_S = 30
 # The engine gives a request up before the router does.
 _TIMEOUT_MARGIN_S = 60
 
@@ -122,6 +125,8 @@ def _settings(config: RolloutConfig, api_key: str | None) -> tuple[str, dict[str
         "disable_retries": True,
         "disable_circuit_breaker": True,
         "disable_health_check": True,
+        "worker_startup_timeout_secs": _JOIN_TIMEOUT_S,
+        "worker_startup_check_interval": 1,
         "request_timeout_secs": int(config.sglang.request_timeout_s) + _TIMEOUT_MARGIN_S,
         "shutdown_grace_period_secs": 0,
         "log_level": "warn",
@@ -167,6 +172,7 @@ class RequestRouter:
         self._is_up = True
         self._wanted: set[str] = set()
         self._members: dict[str, str] = {}
+        self._joining: dict[str, float] = {}
         self._changed = asyncio.Event()
 
     def reaches(self, serving: Sequence[Server]) -> bool:
@@ -176,7 +182,7 @@ class RequestRouter:
         if wanted != self._wanted:
             self._wanted = wanted
             self._changed.set()
-        if not self._is_up or not wanted or wanted != self._members.keys():
+        if not self._is_up or not wanted or not self._is_settled():
             return False
         self.servers = healthy
         return True
@@ -203,6 +209,7 @@ class RequestRouter:
             ended: Done with the reason once its process has ended.
             group: Its process group.
         """
+        ended.add_done_callback(lambda _: self._changed.set())
         failed = 0
         while not ended.done() and failed < MAX_FAILED_PROBES:
             self._changed.clear()
@@ -212,27 +219,34 @@ class RequestRouter:
             except _NO_ANSWER as error:
                 failed += 1
                 log.warning("the router at %s did not answer: %r", self._url, error)
-            settled = not failed and self._members.keys() == self._wanted
-            await self._rest(ended, PROBE_INTERVAL_S if settled else _SETTLE_S)
+            settled = not failed and self._is_settled()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_INTERVAL_S if settled else _SETTLE_S):
+                    await self._changed.wait()
         self._is_up = False
         if not ended.done():
             # What waits for it is answered by that.
             os.killpg(group, signal.SIGKILL)
         log.warning("the router %s; from now on requests go straight to the servers", await ended)
 
-    async def _rest(self, ended: "asyncio.Future[str]", timeout_s: float) -> None:
-        """Return when there may be something to do."""
-        changed = asyncio.create_task(self._changed.wait())
-        either: list[asyncio.Future[Any]] = [ended, changed]
-        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        changed.cancel()
+    def _is_settled(self) -> bool:
+        """Whether it has those servers that it is to have, and will not have others by itself."""
+        return self._members.keys() == self._wanted and not self._joining
 
     async def _change_members(self) -> None:
-        self._members = await self._list()
-        for url in self._wanted - self._members.keys():
+        """Have servers join and leave, which both take a while."""
+        self._members, now = await self._list(), asyncio.get_running_loop().time()
+        self._joining = {
+            url: since
+            for url, since in self._joining.items()
+            if url not in self._members and now < since + _JOIN_TIMEOUT_S
+        }
+        for url in self._wanted - self._members.keys() - self._joining.keys():
+            self._joining[url] = now
             await self._ask("POST", "workers", {"url": url, "api_key": self._api_key})
         for url in self._members.keys() - self._wanted:
-            await self._ask("DELETE", f"workers/{self._members[url]}")
+            with contextlib.suppress(aiohttp.ClientResponseError):
+                await self._ask("DELETE", f"workers/{self._members[url]}")
 
     async def _list(self) -> dict[str, str]:
         """Its servers: their names there by address."""

@@ -116,6 +116,7 @@ def test_requests_go_through_the_router_and_a_group_to_one_server(tmp_path: Path
             served = [{payload["input_ids"][0] for payload in stub.requests} for stub in stubs]
             assert not served[0] & served[1] and min(map(len, served)) >= 8
             assert not pool.restarts
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     run(generate())
     assert not [path for path in tmp_path.iterdir() if path.name != "router.log"]
