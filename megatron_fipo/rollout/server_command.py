@@ -24,6 +24,10 @@ _ON_CPU: dict[str, Any] = {
     "sleep_on_idle": True,
 }
 
+# Where one of its processes has crashed, SGLang takes requests for another minute, and answers none, while it looks for
+# what there is to write down.
+_ENDS_AT_ONCE = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
+
 # What torchrun and srun told the process beside whose ranks the server starts; a server has ranks of its own.
 _OF_RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OF_TORCHRUN = ("TORCHELASTIC_", "ROLE_")
@@ -112,7 +116,7 @@ def server_environment(settings: ServerSettings, outer: Mapping[str, str], cuda:
     environment = {
         name: value for name, value in outer.items() if name not in _OF_RANKS and not name.startswith(_OF_TORCHRUN)
     }
-    environment["PYTHONUNBUFFERED"] = "1"
+    environment = _ENDS_AT_ONCE | environment | {"PYTHONUNBUFFERED": "1"}
     if "context_length" in settings.arguments:
         # The model's configuration may say less: a run may train it for longer sequences.
         environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"

@@ -1,5 +1,6 @@
 """A real SGLang server: that token ids go in and come out as the engine needs it, and that nothing of it is left."""
 
+import asyncio
 import json
 import os
 import signal
@@ -18,6 +19,9 @@ from tests.process_groups import members, wait_until_empty
 from tests.sglang_servers import RunningServer, needs_sglang, running_server
 
 pytestmark = needs_sglang
+
+# SGLang looks for a dead process once a second.
+SOON_S = 20.0
 
 
 def open_call(server: RunningServer, path: str, message: dict[str, Any], key: str | None = None) -> Any:
@@ -92,7 +96,7 @@ def test_nothing_is_left_whatever_is_killed(tmp_path: Path, victim: str) -> None
         candidates = [server.process.guard.pid, *members(group)]
         (process,) = [each for each in candidates if victim in " ".join(psutil.Process(each).cmdline())]
         os.kill(process, signal.SIGKILL)
-        server.run(server.process.wait())
+        server.run(asyncio.wait_for(server.process.wait(), SOON_S))
         wait_until_empty(group)
 
 

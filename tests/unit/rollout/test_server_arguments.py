@@ -150,8 +150,11 @@ def test_a_server_does_not_take_itself_for_a_rank_of_the_trainer(model: Path) ->
     settings = server_settings(ModelConfig(path=model), RolloutConfig(engine="sglang"))
     outer = {"RANK": "3", "MASTER_ADDR": "n1", "TORCHELASTIC_RUN_ID": "x", "PATH": "/bin", "PYTHONPATH": "/mine"}
     on_gpu = server_environment(settings, outer, cuda=True)
-    assert on_gpu == {"PATH": "/bin", "PYTHONPATH": "/mine", "PYTHONUNBUFFERED": "1"}
+    crash = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
+    assert on_gpu == {"PATH": "/bin", "PYTHONPATH": "/mine", "PYTHONUNBUFFERED": "1"} | crash
     on_cpu = server_environment(settings, outer, cuda=False)
     assert on_cpu["PYTHONPATH"].endswith("sglang_cpu_shim:/mine")
     assert on_cpu["SGLANG_USE_CPU_ENGINE"] == "1"
+    of_user = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "1"}
+    assert server_environment(settings, outer | of_user, cuda=True).items() >= of_user.items()
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in on_cpu
