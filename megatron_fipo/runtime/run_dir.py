@@ -1,6 +1,7 @@
 """The run directory: resolved configuration, metrics, samples, logs."""
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ class RunDirectory:
                 way_out="choose a directory that this user may write to",
             ) from error
         return cls(path)
+
+    def remove(self) -> None:
+        """Remove the directory with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file at the top of the directory."""

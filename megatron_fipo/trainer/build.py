@@ -1,7 +1,8 @@
 """Builds a run from its configuration; concrete classes are chosen here and in `prepare_rollouts` alone."""
 
 import logging
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron_fipo.actor.reference import ReferencePolicy
 from megatron_fipo.actor.routing import RoutingReplay, require_replayable
 from megatron_fipo.actor.train_step import TrainStep
 from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
-from megatron_fipo.config.base import require
+from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.load import dump_config, plain_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
@@ -40,23 +41,37 @@ def build_run(config: RunConfig, progress: Progress = NO_PROGRESS) -> Run:
     Raises:
         ConfigError: An input cannot be used; raised on every rank, before the model is built.
     """
-    with ExitStack() as resources:
-        run = _build(config, progress, resources)
+    # What has begun is ended before the directory goes.
+    with ExitStack() as beginnings, ExitStack() as resources:
+        run = _build(config, progress, resources, beginnings)
         run.resources = resources.pop_all()
+        beginnings.pop_all()
     return run
 
 
-def _build(config: RunConfig, progress: Progress, resources: ExitStack) -> Run:
+def _build(config: RunConfig, progress: Progress, resources: ExitStack, beginnings: ExitStack) -> Run:
+    """Build a run.
+
+    Args:
+        config: The run.
+        progress: Watches it.
+        resources: Is given what has to be closed when the run has ended.
+        beginnings: Is given what is undone where the run does not come about.
+    """
     context = build_parallel_context(config.parallelism, derive_seed(config.seed, "model"))
     on_main_rank(lambda: RunDirectory.check(config.output_dir))
     on_main_rank(lambda: check_sinks(config.metrics))
     # Every node has its own view of the model folder.
     bridge = on_every_rank(lambda: HfBridge(config.model.path, config.model.context_length, config.model.rope_base))
     generates = config.mode != "train_only"
-    make_rollouts = prepare_rollouts(config, bridge, progress, resources) if generates else None
+    start_rollouts = prepare_rollouts(config, bridge, progress, resources) if generates else None
     recorded = on_main_rank(lambda: _find_recorded(config, bridge)) if not generates else None
-    actor = _build_actor(config, bridge, context)
     directory = on_main_rank(lambda: RunDirectory.create(config.output_dir, dump_config(config)))
+    if directory is not None:
+        beginnings.enter_context(_removed_if_refused(directory))
+    # Servers become ready while the model is built.
+    make_rollouts = None if start_rollouts is None else start_rollouts()
+    actor = _build_actor(config, bridge, context)
     metrics_writer = on_main_rank(lambda: resources.enter_context(closing(_open_writer(config, directory))))
     if directory is not None:
         card = effective_algorithm(config.algorithm)
@@ -73,6 +88,16 @@ def _build(config: RunConfig, progress: Progress, resources: ExitStack) -> Run:
         timer=PhaseTimer(progress),
         progress=progress,
     )
+
+
+@contextmanager
+def _removed_if_refused(directory: RunDirectory) -> Iterator[None]:
+    """Leave no run directory behind where an input cannot be used: a run cannot begin in one that another has begun."""
+    try:
+        yield
+    except ConfigError:
+        directory.remove()
+        raise
 
 
 def _open_writer(config: RunConfig, directory: RunDirectory | None) -> MetricsWriter:

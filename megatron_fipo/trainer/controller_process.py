@@ -60,8 +60,9 @@ class ControllerActions:
     @property
     def by_name(self) -> dict[str, Action]:
         """The actions, by the names that rank 0 asks for them."""
-        actions = (self.prepare, self.start_servers, self.pause, self.resume, self.next_rollout, self.evaluate)
-        return {action.__name__: action for action in actions}
+        starting = (self.prepare, self.start_servers, self.start_engine)
+        working = (self.pause, self.resume, self.next_rollout, self.evaluate)
+        return {action.__name__: action for action in (*starting, *working)}
 
     async def prepare(self, config: dict[str, Any], vocab_size: int, positions: int) -> Answer:
         """Check the inputs and start grading."""
@@ -71,14 +72,19 @@ class ControllerActions:
         self._generation = prepare_generation(run, vocab_size, positions, self._resources.enter_context(ExitStack()))
         return Answer()
 
-    async def start_servers(self, routing: dict[str, Any] | None) -> Answer:
-        """Have servers started; gives the key that they ask for."""
-        shape = None if routing is None else RoutingShape(**routing | {"moe_layers": tuple(routing["moe_layers"])})
-        generation, enter = self._generation, self._resources.enter_async_context
-        run = generation.config
+    async def start_servers(self) -> Answer:
+        """Have servers started, which become ready while the trainer does other things."""
+        run = self._generation.config
         folder = RunDirectory(run.output_dir).servers
-        pool = await enter(open_pool(run.model, run.rollout, folder))
-        router = await enter(open_router(run.rollout, pool.api_key, folder))
+        self._pool = await self._resources.enter_async_context(open_pool(run.model, run.rollout, folder))
+        return Answer()
+
+    async def start_engine(self, routing: dict[str, Any] | None) -> Answer:
+        """Drive the servers; gives the key that they ask for."""
+        shape = None if routing is None else RoutingShape(**routing | {"moe_layers": tuple(routing["moe_layers"])})
+        generation, pool, enter = self._generation, self._pool, self._resources.enter_async_context
+        run = generation.config
+        router = await enter(open_router(run.rollout, pool.api_key, RunDirectory(run.output_dir).servers))
         engine = await enter(SglangEngine(pool, run.rollout, generation.vocab_size, shape, router))
         self._controller = generation.controller(engine, NewsToRank0(self._service))
         self._resources.push_async_callback(self._controller.close)

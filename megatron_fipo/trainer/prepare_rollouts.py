@@ -1,4 +1,4 @@
-"""Builds what generates: checks its inputs before the model is built, and joins it to the model afterwards."""
+"""Builds what generates: checks its inputs and starts servers before the model is built, and joins it to the model."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -40,9 +40,12 @@ from megatron_fipo.weight_sync.verification import WeightVerification
 type MakeRollouts = Callable[[Actor, ParallelContext], RolloutSide]
 """Joins what was prepared to the actor; collective over all ranks."""
 
+type StartRollouts = Callable[[], MakeRollouts]
+"""Starts servers, which take a while, once there is a run directory; collective over all ranks."""
 
-def prepare_rollouts(config: RunConfig, bridge: HfBridge, progress: Progress, resources: ExitStack) -> MakeRollouts:
-    """Check what generating needs, and start what takes long; collective over all ranks.
+
+def prepare_rollouts(config: RunConfig, bridge: HfBridge, progress: Progress, resources: ExitStack) -> StartRollouts:
+    """Check what generating needs; collective over all ranks.
 
     Args:
         config: The run.
@@ -58,7 +61,7 @@ def prepare_rollouts(config: RunConfig, bridge: HfBridge, progress: Progress, re
     return prepare(config, bridge, progress, resources)
 
 
-def _prepare_embedded(config: RunConfig, bridge: HfBridge, progress: Progress, resources: ExitStack) -> MakeRollouts:
+def _prepare_embedded(config: RunConfig, bridge: HfBridge, progress: Progress, resources: ExitStack) -> StartRollouts:
     generation = on_main_rank(lambda: prepare_generation(config, bridge.vocab_size, _num_positions(bridge), resources))
 
     def make(actor: Actor, context: ParallelContext) -> RolloutSide:
@@ -72,22 +75,28 @@ def _prepare_embedded(config: RunConfig, bridge: HfBridge, progress: Progress, r
             held_out=None if generation is None else generation.held_out,
         )
 
-    return make
+    return lambda: make
 
 
-def _prepare_served(config: RunConfig, bridge: HfBridge, progress: Progress, resources: ExitStack) -> MakeRollouts:
+def _prepare_served(config: RunConfig, bridge: HfBridge, progress: Progress, resources: ExitStack) -> StartRollouts:
     link = on_main_rank(lambda: resources.enter_context(closing(ControllerLink())))
     calls = ControllerCalls(link, progress)
     inputs = {"config": plain_values(config), "vocab_size": bridge.vocab_size, "positions": _num_positions(bridge)}
     calls.ask("prepare", inputs)
     tokenizer = on_every_rank(lambda: load_tokenizer(config.model.path, bridge.vocab_size))
 
+    def start() -> MakeRollouts:
+        if not config.rollout.colocated:
+            calls.ask("start_servers", {})
+        return make
+
     def make(actor: Actor, context: ParallelContext) -> RolloutSide:
         colocation = _build_colocation(actor) if config.rollout.colocated else None
         if colocation is not None:
             colocation.vacate()
+            calls.ask("start_servers", {})
         routing = _routing_shape(actor.forward.provider) if config.rollout.replay_routing else None
-        told, _ = calls.ask("start_servers", {"routing": routing})
+        told, _ = calls.ask("start_engine", {"routing": routing})
         server_calls = ServerCalls(broadcast_json(told, 0)["api_key"])
         resources.callback(server_calls.close)
         if colocation is not None and context.rank == 0:
@@ -104,7 +113,7 @@ def _prepare_served(config: RunConfig, bridge: HfBridge, progress: Progress, res
             colocation=colocation,
         )
 
-    return make
+    return start
 
 
 def _num_positions(bridge: HfBridge) -> int:

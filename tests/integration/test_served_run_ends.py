@@ -4,15 +4,19 @@ A stand-in takes SGLang's place here; it never generates.
 """
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.runtime.logging import quiet_upstream
+from megatron_fipo.runtime.run_dir import RunDirectory
+from megatron_fipo.trainer import build
 from megatron_fipo.trainer.state import Run
 from tests.distributed_helpers import run_distributed
 from tests.integration.small_runs import prompts, run_to_its_end, small_run, write_inputs
@@ -47,6 +51,23 @@ def run_one(root: Path, name: str, variables: dict[str, str], changes: dict[str,
     return ended.error, left_after(f"{root}/{name}", PATIENCE_S)
 
 
+def refuse_model(config: RunConfig, *_: Any) -> Any:
+    """Takes the place of the actor's building: waits until a server has been started, and refuses the model."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not list(RunDirectory(config.output_dir).servers.glob("server0.life1.log")):
+        assert time.monotonic() < deadline, "no server is started before the actor is built"
+        time.sleep(0.05)
+    raise ConfigError("model.path", config.model.path, "is refused", "choose another")
+
+
+def run_refused(root: Path, name: str) -> End:
+    build_actor = build._build_actor
+    build._build_actor = refuse_model
+    end = run_one(root, name, {"STAND_IN_DELAY_S": "600"}, {})
+    build._build_actor = build_actor
+    return end
+
+
 def run_all(root: Path) -> dict[str, End]:
     quiet_upstream()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")])
@@ -54,14 +75,20 @@ def run_all(root: Path) -> dict[str, End]:
     runs: dict[str, Callable[[str], End]] = {
         "bad_data": lambda name: run_one(root, name, {}, absent),
         "dead_servers": lambda name: run_one(root, name, {"STAND_IN_FAILS": "1"}, {}),
+        "refused_model": lambda name: run_refused(root, name),
         "dead_controller": lambda name: run_one(root, name, {"STAND_IN_DELAY_S": "600"}, {}, kill_controller),
     }
     return {name: run(name) for name, run in runs.items()}
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, End]]:
-    return run_distributed(run_all, 2, write_inputs(tmp_path_factory.mktemp("ends")), timeout_s=900.0)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("ends"))
+
+
+@pytest.fixture(scope="module")
+def ends(root: Path) -> list[dict[str, End]]:
+    return run_distributed(run_all, 2, root, timeout_s=900.0)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +96,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, End]]:
     [
         ("bad_data", "ConfigError", ["data.train.path = ", "must be a readable file"]),
         ("dead_servers", "RunError", ["no SGLang server is left"]),
+        ("refused_model", "ConfigError", ["model.path = ", "is refused; choose another"]),
         ("dead_controller", "ControllerEndedError", ["the rollout controller", "was killed by signal 9"]),
     ],
 )
@@ -80,3 +108,7 @@ def test_every_rank_has_the_error_and_nothing_is_left(
         assert error and error[0] == kind, f"rank {rank}: {error}"
         assert all(text in error[1] for text in texts), error[1]
         assert left == []
+
+
+def test_refused_inputs_leave_no_directory_behind(root: Path, ends: list[dict[str, End]]) -> None:
+    assert {path.name for path in root.iterdir() if path.is_dir()} == {"model", "dead_servers", "dead_controller"}

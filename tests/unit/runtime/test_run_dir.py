@@ -25,6 +25,15 @@ def test_an_empty_directory_will_do(tmp_path: Path) -> None:
         RunDirectory.create(tmp_path, "")
 
 
+def test_a_removed_directory_can_be_made_again(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run", "")
+    directory.servers.mkdir()
+    (directory.servers / "server0.log").write_text("starting")
+    directory.remove()
+    assert list(tmp_path.iterdir()) == []
+    RunDirectory.create(tmp_path / "run", "")
+
+
 def test_checking_makes_nothing(tmp_path: Path) -> None:
     RunDirectory.check(tmp_path / "new")
     assert not (tmp_path / "new").exists()
