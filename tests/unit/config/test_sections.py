@@ -370,6 +370,12 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         "partial_rollouts = True: needs policy_lag of at least 1: the first tokens are of older weights than the last; "
         "raise policy_lag",
     ),
+    (
+        RolloutConfig,
+        {"engine": "sglang", "replay_routing": True, "sglang": SglangConfig(use_router=True)},
+        "sglang.use_router = True: must be false with replay_routing: the router does not pass on that experts are asked "
+        "for; drop either",
+    ),
     *(
         (SglangConfig, {field: 0}, f"{field} = 0: must be at least 1; set it to 1 or more")
         for field in ("servers_per_node", "tensor_parallel_size", "nodes_per_server", "max_attempts")
