@@ -114,7 +114,7 @@ def _serve(words: Sequence[str]) -> int:
         rule="the run waits for no agents: it has its servers elsewhere, or beside its controller",
         way_out="set it to the number of rollout nodes, and give `train` the same",
     )
-    setup_logging(0)
+    setup_logging("agent")
     try:
         asyncio.run(serve(RunDirectory(config.output_dir).servers, sglang.start_timeout_s))
     except RunError as error:

@@ -265,7 +265,7 @@ def _free_port(host: str) -> int:
 if __name__ == "__main__":
     from megatron_fipo.runtime.logging import setup_logging
 
-    setup_logging(0)
+    setup_logging("agent")
     try:
         asyncio.run(_run_on_leash(Path(sys.argv[1])))
     except RunError as problem:

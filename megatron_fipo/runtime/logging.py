@@ -10,18 +10,18 @@ from contextlib import contextmanager
 _UPSTREAM = ("megatron", "transformers", "torch", "filelock", "asyncio", "nv_one_logger", "root")
 
 
-def setup_logging(rank: int | None, level: int = logging.INFO) -> None:
-    """Write log lines to stderr: everything from rank 0 and the controller, warnings from the other ranks.
+def setup_logging(speaker: int | str, level: int = logging.INFO) -> None:
+    """Write log lines to stderr: everything from rank 0, controller and agents, warnings from the other ranks.
 
     Args:
-        rank: Global rank, shown in every line; None in the controller process.
-        level: Lowest level that rank 0 and the controller show of this package's own lines.
+        speaker: Global rank, or what another process is called; shown in every line.
+        level: Lowest level of this package's own lines that all but the other ranks show.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(line_format(rank))
+    handler.setFormatter(line_format(speaker))
     own = own_logger()
     own.handlers[:] = [handler]
-    own.setLevel(logging.WARNING if rank else level)
+    own.setLevel(logging.WARNING if isinstance(speaker, int) and speaker > 0 else level)
     own.propagate = False
     quiet_upstream()
 
@@ -31,10 +31,10 @@ def own_logger() -> logging.Logger:
     return logging.getLogger("megatron_fipo")
 
 
-def line_format(rank: int | None) -> logging.Formatter:
-    """How a log line of a rank looks, or of the controller process where there is none."""
-    speaker = "controller" if rank is None else f"rank {rank}"
-    return logging.Formatter(f"%(asctime)s {speaker} %(levelname)s %(message)s", "%H:%M:%S")
+def line_format(speaker: int | str) -> logging.Formatter:
+    """How a log line of a rank looks, or of a process that has a name."""
+    name = f"rank {speaker}" if isinstance(speaker, int) else speaker
+    return logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s", "%H:%M:%S")
 
 
 @contextmanager

@@ -102,6 +102,7 @@ def test_a_job_trains_with_a_server_on_a_node_of_its_own(slurm: MiniSlurm, root:
     assert "attempt 0 ended with 0" in logs["job"]
     assert "rank 0 INFO step 2/2" in logs["ranks"]
     assert "the agent of rollout node 0 has registered" in logs["ranks"]
+    assert "agent INFO server0.life1 runs as process group" in logs["agents"]
     # The agent has found the run's end by itself.
     assert "Terminated" not in logs["job"] + logs["agents"], told
     assert not list((root / "side_by_side" / "servers").glob("*.json"))
