@@ -49,9 +49,7 @@ class WeightSupply:
         push: Gives servers weights in the middle of a rollout.
     """
 
-    def __init__(
-        self, generation: Pausable, engine: Servers, pool: ServerPool, mode: PauseMode, push: Push
-    ) -> None:
+    def __init__(self, generation: Pausable, engine: Servers, pool: ServerPool, mode: PauseMode, push: Push) -> None:
         self._generation, self._engine, self._pool, self._mode, self._push = generation, engine, pool, mode, push
         self._policy_version = -1
         self._is_paused = False

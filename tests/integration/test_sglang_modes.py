@@ -255,6 +255,19 @@ def test_a_colocated_run_hands_the_devices_over(root: Path, sglang_server: Runni
 
 
 @pytest.mark.exhaustive
+def test_a_colocated_run_has_servers_of_its_own(root: Path) -> None:
+    """They start once the trainer has left the devices to them, and end with the run."""
+    small = SglangConfig(server_arguments={"max_total_tokens": 4096, "max_running_requests": 32})
+    rollout = {"engine": "sglang", "colocated": True, "sglang": small}
+    config = small_run(root, "own_servers", num_steps=3, parallelism=TWO_RANKS, rollout=rollout)
+    outcome = outcome_of(config, timeout_s=600.0)
+    check_syncs(outcome)
+    check_journal(outcome)
+    assert outcome.held == [[0, 0, 0], [0, 0, 0]]
+    check_replay(root, outcome)
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("transport", "sent"), [("tensor", ["begin", "tensors", "end"]), ("disk", ["folder"])], ids=["tensor", "disk"]
 )
@@ -280,12 +293,14 @@ class Ahead:
         partial: Whether interrupted responses go on from their tokens.
         mixes: Whether a response may have tokens of two versions.
         is_exact: Whether tokens of the newest weights have been computed with these alone.
+        colocated: Whether servers and trainer have the devices in turn.
     """
 
     pause: Any
     partial: bool
     mixes: bool
     is_exact: bool
+    colocated: bool = False
 
 
 @pytest.mark.exhaustive
@@ -294,12 +309,14 @@ class Ahead:
     [
         pytest.param(Ahead("abort", False, False, True), id="abort"),
         pytest.param(Ahead("abort", True, True, True), id="partial"),
+        pytest.param(Ahead("abort", True, True, True, colocated=True), id="colocated"),
         pytest.param(Ahead("retract", False, True, True), id="retract"),
         pytest.param(Ahead("in_place", False, True, False), id="in_place"),
     ],
 )
 def test_a_run_ahead_of_its_trainer(root: Path, sglang_server: RunningServer, way: Ahead) -> None:
-    name = f"ahead_{way.pause}_{way.partial}"
+    name = f"ahead_{way.pause}_{way.partial}_{way.colocated}"
+    ahead = {"policy_lag": 1, "partial_rollouts": way.partial, "colocated": way.colocated, "max_response_tokens": 200}
     with watched(sglang_server) as proxy:
         config = serve(
             root,
@@ -307,7 +324,7 @@ def test_a_run_ahead_of_its_trainer(root: Path, sglang_server: RunningServer, wa
             sglang_server,
             proxy.url,
             num_steps=4,
-            rollout={"policy_lag": 1, "partial_rollouts": way.partial, "max_response_tokens": 200},
+            rollout=ahead,
             parallelism=TWO_RANKS | {"max_tokens_per_micro_batch": 256},
             weight_sync=WeightSyncConfig(pause=way.pause),
         )
