@@ -282,7 +282,7 @@ def _victims(life: ServerLife, title: str) -> list[int]:
             case "agent":
                 return [psutil.Process(first.ppid()).ppid()]
             case _:
-                return life.processes(title)[:1] or [first.pid]
+                return life.processes(title)[-1:] or [first.pid]
     except psutil.Error:
         return []
 

@@ -1,4 +1,4 @@
-"""Twenty faults of real servers at random moments of runs that go on: every sample counts exactly once.
+"""Faults of real servers at random moments of runs that go on: every sample counts exactly once.
 
 `MEGATRON_FIPO_FAULT_REPORT` names a file that takes a line of JSON for each run; runs that it has are not repeated.
 """
@@ -6,6 +6,8 @@
 import json
 import os
 import uuid
+from dataclasses import dataclass, field
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +30,36 @@ from tests.sglang_servers import needs_sglang
 
 pytestmark = [pytest.mark.distributed, pytest.mark.exhaustive, needs_sglang, pytest.mark.timeout(3000)]
 
-NUM_SERVERS, NUM_FAULTS = 2, 5
+FAULTS_OF_RUN = 5
 PATIENCE_S = 60.0
 # More steps than any run takes.
 STEPS = 10000
-SYNCHRONOUS: dict[str, Any] = {"parallelism": {"pipeline_model_parallel_size": 2}}
-AHEAD: dict[str, Any] = {
-    "rollout": {"policy_lag": 1, "partial_rollouts": True, "over_sampling": 1.5},
-    "algorithm": {"updates_per_rollout": 2},
-}
-RUNS = (SYNCHRONOUS, AHEAD, SYNCHRONOUS, AHEAD)
-PLAN = plan(202611, len(RUNS) * NUM_FAULTS, NUM_SERVERS)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train, and the servers of it."""
+
+    num_servers: int
+    server_ranks: int = 1
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+SYNCHRONOUS = Way(2, changes={"parallelism": {"pipeline_model_parallel_size": 2}})
+AHEAD = Way(2, changes={"rollout": {"policy_lag": 1, "partial_rollouts": True, "over_sampling": 1.5}})
+OF_TWO_RANKS = Way(1, server_ranks=2)
+WAYS = (SYNCHRONOUS, AHEAD, SYNCHRONOUS, AHEAD, OF_TWO_RANKS)
+FAULTS = [*batched(plan(202611, 20, num_servers=2), FAULTS_OF_RUN), *batched(plan(69, 5, num_servers=1), FAULTS_OF_RUN)]
 
 
 def faulty_run(root: Path, number: int) -> RunConfig:
-    changes = {name: dict(section) for name, section in RUNS[number].items()}
+    way = WAYS[number]
+    changes = {name: dict(section) for name, section in way.changes.items()}
     sglang = SglangConfig(
-        servers_per_node=NUM_SERVERS,
+        servers_per_node=way.num_servers,
+        tensor_parallel_size=way.server_ranks,
         server_arguments={"max_total_tokens": 4096, "max_running_requests": 32},
-        start_timeout_s=150.0,
+        start_timeout_s=300.0,
         max_restarts=20,
     )
     rollout = {"engine": "sglang", "sglang": sglang, "max_response_tokens": 96} | changes.pop("rollout", {})
@@ -63,11 +76,10 @@ def faulty_run(root: Path, number: int) -> RunConfig:
     )
 
 
-def run_with_faults(mark: str, config: RunConfig, number: int) -> tuple[Ended, Campaign | None, list[str]]:
+def run_with_faults(mark: str, config: RunConfig, number: int) -> tuple[Ended, Any, list[str]]:
     mark_own_children(mark)
     quiet_upstream()
-    faults = PLAN[number * NUM_FAULTS : (number + 1) * NUM_FAULTS]
-    campaign = Campaign(faults, NUM_SERVERS) if dist.get_rank() == 0 else None
+    campaign = Campaign(FAULTS[number], WAYS[number].num_servers) if dist.get_rank() == 0 else None
 
     def change(run: Run) -> None:
         if campaign is not None:
@@ -76,7 +88,7 @@ def run_with_faults(mark: str, config: RunConfig, number: int) -> tuple[Ended, C
 
     ended = run_to_its_end(config, change, campaign or NO_PROGRESS)
     told = None if campaign is None else (campaign.problem, [as_values(each) for each in campaign.outcomes])
-    return ended, told, left_after(mark, PATIENCE_S)  # type: ignore[return-value]
+    return ended, told, left_after(mark, PATIENCE_S)
 
 
 def report_path() -> Path | None:
@@ -84,7 +96,7 @@ def report_path() -> Path | None:
     return None if name is None else Path(name)
 
 
-@pytest.mark.parametrize("number", range(len(RUNS)))
+@pytest.mark.parametrize("number", range(len(WAYS)))
 def test_no_fault_loses_or_repeats_a_sample(tmp_path: Path, number: int) -> None:
     path = report_path()
     if path is not None and path.exists() and any(line["run"] == number for line in read_lines(path)):
@@ -95,7 +107,7 @@ def test_no_fault_loses_or_repeats_a_sample(tmp_path: Path, number: int) -> None
     assert [ended.error for ended, *_ in ends] == [()] * ranks
     problem, outcomes = ends[0][1]
     assert problem is None, outcomes
-    assert len(outcomes) == NUM_FAULTS and all(outcome["successor"] for outcome in outcomes)
+    assert len(outcomes) == FAULTS_OF_RUN and all(outcome["successor"] for outcome in outcomes)
     assert [left for *_, left in ends] == [[]] * ranks
 
     lines = read_lines(config.output_dir / "metrics.jsonl")
