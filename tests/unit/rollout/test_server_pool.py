@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +180,12 @@ def test_an_agent_that_hangs_is_replaced_with_its_servers_and_ends_at_last(
 
     for group in asyncio.run(scenario()):
         wait_until_empty(group)
+
+
+def test_an_agent_whose_controller_ends_before_it_speaks_ends_without_a_word(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_fipo.rollout.server_agent", str(tmp_path)]
+    ended = subprocess.run(command, input=b"", capture_output=True, timeout=120.0)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
 
 
 PROGRAM = """
