@@ -418,7 +418,7 @@ class SglangEngine:
             body = request_body(request, rid, flight.first_version, is_deterministic)
             answer = await way.generate(flight, body, self._config.sglang.request_timeout_s, take_slot)
             result = await self._read(answer, request, rid)
-            self._check_version(result, flight)
+            await self._check_version(result, flight)
             self._land(flight)
             self._deliver(flight, result, has_slot)
             has_slot = False
@@ -441,8 +441,11 @@ class SglangEngine:
             return read_response(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._parsers, read_response, *arguments)
 
-    def _check_version(self, result: GenerationResult, flight: Flight) -> None:
+    async def _check_version(self, result: GenerationResult, flight: Flight) -> None:
         """Refuse tokens of other weights than its servers had between question and answer.
+
+        While the engine is paused a server may have newer weights already, and go on so that they can be verified.
+        What it finishes with them waits until the engine goes on, or is sent again where the server is given up.
 
         Raises:
             ResponseError: Some are.
@@ -450,6 +453,8 @@ class SglangEngine:
         if not len(result.token_ids):
             return
         versions = result.policy_versions if result.policy_versions is not None else np.array([result.policy_version])
+        if versions.max() > max(server.policy_version for server in flight.servers):
+            await self._is_running.wait()
         first, last = flight.first_version, max(server.policy_version for server in flight.servers)
         if versions.min() < first or versions.max() > last:
             told = sorted(set(versions.tolist()))

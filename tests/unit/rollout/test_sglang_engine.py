@@ -207,6 +207,28 @@ def test_a_pause_in_place_lets_requests_go_on_with_newer_weights(mode: Any) -> N
     run(generate())
 
 
+def test_what_a_server_finishes_before_its_weights_are_verified_waits_for_that() -> None:
+    async def check() -> None:
+        async with running(1) as (engine, stubs, _):
+            stubs[0].is_held = True
+            requests = make_requests(1)
+            await engine.submit(requests)
+            await stubs[0].wait_for_running(2)
+            await engine.pause("retract")
+            stubs[0].set_version(1)
+            stubs[0].release()
+            results = asyncio.ensure_future(take(engine, requests))
+            # The answer is there before the engine hears that the weights are right.
+            done, _ = await asyncio.wait([results], timeout=0.2)
+            assert not done
+            await engine.resume(1, ())
+            for result in (await results).values():
+                assert result.policy_versions.tolist() == [0, 0, 0, 1, 1, 1]
+            assert len(stubs[0].requests) == 2
+
+    run(check())
+
+
 def test_nothing_is_sent_to_a_server_without_the_version_and_it_may_get_it_later() -> None:
     async def generate() -> None:
         async with running(2, version=None) as (engine, stubs, pool):
