@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import orjson
 import psutil
 import pytest
 
@@ -19,6 +21,8 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.rollout import request_router, sglang_engine
+from megatron_fipo.rollout.engine import SamplingParameters
+from megatron_fipo.rollout.generate_responses import request_body
 from megatron_fipo.rollout.request_router import RequestRouter, check_router, open_router
 from megatron_fipo.rollout.sglang_engine import SglangEngine
 from megatron_fipo.runtime.errors import RunError
@@ -120,6 +124,25 @@ def test_requests_go_through_the_router_and_a_group_to_one_server(tmp_path: Path
 
     run(generate())
     assert not [path for path in tmp_path.iterdir() if path.name != "router.log"]
+
+
+def test_all_that_is_asked_reaches_the_server(tmp_path: Path) -> None:
+    """The router knows the fields of a request by itself, and leaves out those that it does not know."""
+
+    async def generate() -> None:
+        async with routed(tmp_path) as (engine, _, stubs, _):
+            begun = np.array([7, 8], dtype=np.int32)
+            sampling = SamplingParameters(temperature=0.7, top_p=0.9, max_tokens=6, stop_token_ids=(400, 401))
+            request = replace(make_requests(1)[0], sampling=sampling, begun_token_ids=begun)
+            await engine.submit([request])
+            await take(engine, [request])
+            (payload,) = [payload for stub in stubs for payload in stub.requests]
+            asked = orjson.loads(request_body(request, payload["rid"], 0, with_seed=False))
+            sampled = asked.pop("sampling_params")
+            assert was_routed(payload) and payload.items() >= asked.items()
+            assert payload["sampling_params"].items() >= sampled.items()
+
+    run(generate())
 
 
 def test_an_abort_is_said_to_the_servers(tmp_path: Path) -> None:
