@@ -1,12 +1,10 @@
 """The engine over SGLang servers: every request has exactly one result, whatever becomes of the servers.
 
-An attempt that fails, or whose answer cannot be used, is made again elsewhere. A server that hangs is restarted; one
-that does not have the weights it should have gets no requests until it has.
+An attempt that fails, or whose answer cannot be used, is made again elsewhere. The servers themselves are kept by
+`ServerFleet`.
 """
 
 import asyncio
-import logging
-import random
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
@@ -21,30 +19,17 @@ from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, Se
 from megatron_fipo.rollout.generate_responses import ResponseError, RoutingShape, read_response, request_body
 from megatron_fipo.rollout.request_router import RequestRouter
 from megatron_fipo.rollout.server_choice import Flight, Server, Way, check_length, check_tokens, choose_server
-from megatron_fipo.rollout.server_registry import ServerLife, ServerPool
-from megatron_fipo.rollout.sglang_client import (
-    FOLDER_VERSION,
-    PROBE_TIMEOUT_S,
-    ServerError,
-    ServerSilentError,
-    SglangServer,
-    open_session,
-)
+from megatron_fipo.rollout.server_fleet import ServerFleet, back_off_s
+from megatron_fipo.rollout.server_registry import ServerPool
+from megatron_fipo.rollout.sglang_client import ServerError, open_session
 from megatron_fipo.runtime.errors import RunError
-
-logger = logging.getLogger(__name__)
 
 MAX_RESULTS_WAITING = 64
 """Answers that are read or wait to be taken; further ones stay in the network."""
 
-PROBE_INTERVAL_S = 15.0
-PROBE_AGAIN_S = 2.0
-FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.1, 10.0
 ABORT_INTERVAL_S = 1.0
 """An abort that overtakes its request is lost, so it is said again."""
 
-MAX_FAILED_PROBES = 2
-MAX_FAILURES_IN_A_ROW = 16
 NUM_PARSERS = 2
 # Below this an answer is read at once: a thread takes longer to hear of it.
 _LARGE_ANSWER_BYTES = 1 << 16
@@ -69,31 +54,33 @@ class SglangEngine:
         routing: RoutingShape | None = None,
         router: RequestRouter | None = None,
     ) -> None:
-        self._pool, self._config, self._vocabulary_size, self._routing = pool, config, vocabulary_size, routing
-        self._router = router
+        self._config, self._vocabulary_size = config, vocabulary_size
+        self._routing, self._router = routing, router
         self._session = open_session(pool.api_key, config.max_requests_in_flight)
         self._parsers = ThreadPoolExecutor(NUM_PARSERS, thread_name_prefix="parser")
-        self._servers: dict[str, Server] = {}
         self._flights: dict[str, Flight] = {}
         self._waiting: deque[Flight] = deque()
-        self._known_lives: set[str] = set()
         self._homes: dict[str, str] = {}
         self._group_sizes: Counter[str] = Counter()
         self._results: deque[tuple[GenerationResult, bool]] = deque()
         self._slots = asyncio.Semaphore(MAX_RESULTS_WAITING)
         self._num_running = 0
-        self._policy_version = FOLDER_VERSION
-        self._is_running = asyncio.Event()
-        self._is_running.set()
         self._failure: BaseException | None = None
         # Set where there may be something to send, and where there may be something to take.
         self._work, self._news = asyncio.Event(), asyncio.Event()
-        self._next_change = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._jitter = random.Random()
+        self._fleet = ServerFleet(
+            pool,
+            config.sglang,
+            self._session,
+            with_routing=routing is not None,
+            start=self._start,
+            move=self._move_flights,
+            wake=self._work.set,
+        )
 
     async def __aenter__(self) -> Self:
-        self._start(self._follow_pool())
+        self._start(self._fleet.follow_pool())
         self._start(self._dispatch())
         return self
 
@@ -109,13 +96,12 @@ class SglangEngine:
     @property
     def servers(self) -> Sequence[ServerAddress]:
         """Servers that answer, those that wait for weights included, in an order that restarts do not change."""
-        known = (self._servers.get(life.name) for life in self._pool.lives)
-        return [server.address for server in known if server is not None]
+        return self._fleet.addresses
 
     @property
     def next_change(self) -> asyncio.Event:
         """Is set as soon as `servers`, or those of the pool, are others than now."""
-        return self._next_change
+        return self._fleet.next_change
 
     async def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue requests and return.
@@ -173,8 +159,7 @@ class SglangEngine:
         waits for `resume`.
         """
         self._raise_failure()
-        self._is_running.clear()
-        await asyncio.gather(*(self._pause_server(server, mode) for server in list(self._servers.values())))
+        await self._fleet.pause(mode)
 
     async def resume(self, policy_version: int, failed: Collection[str]) -> None:
         """Go on with all servers that have a version; those that failed to take it in are restarted.
@@ -189,133 +174,10 @@ class SglangEngine:
             RunError: No server is left.
         """
         self._raise_failure()
-        self._policy_version = policy_version
-        await asyncio.gather(
-            *(
-                self._give_up(server, f"it did not take in policy version {policy_version}")
-                if server.life.name in failed
-                else self._resume_server(server, policy_version)
-                for server in list(self._servers.values())
-            )
-        )
-        self._is_running.set()
-        self._work.set()
-        if not self._servers and not self._pool.num_coming and not self._pool.lives:
-            raise RunError("no server is left that could take in weights; their logs tell why they ended")
+        await self._fleet.resume(policy_version, failed)
         self._raise_failure()
 
-    # Servers.
-
-    async def _follow_pool(self) -> None:
-        """Keep up with the servers that come and go."""
-        known: list[ServerLife] = []
-        coming = -1
-        while True:
-            await self._pool.wait_for_change(known, coming)
-            known, coming = list(self._pool.lives), self._pool.num_coming
-            names = {life.name for life in known}
-            for server in list(self._servers.values()):
-                if server.life.name not in names:
-                    self._leave(server, "it is gone")
-            for life in known:
-                if life.name not in self._known_lives:
-                    self._known_lives.add(life.name)
-                    self._start(self._admit(life))
-            self._tell_change()
-
-    async def _admit(self, life: ServerLife) -> None:
-        """Make the acquaintance of a new server, and watch it as long as it lives."""
-        client = SglangServer(life.url, self._session)
-        for attempt in range(self._config.sglang.max_attempts):
-            try:
-                info = await client.info()
-                break
-            except ServerError as error:
-                problem = str(error)
-                await asyncio.sleep(self._back_off_s(attempt))
-        else:
-            await self._pool.restart(life.name, problem)
-            return
-        if self._routing is not None and not info.returns_routed_experts:
-            raise RunError(
-                f"{life.url} does not tell the experts it chose, which rollout.replay_routing needs; start it with "
-                "--enable-return-routed-experts"
-            )
-        # Whatever version it claims, it was not this run that gave it the weights.
-        server = Server(life=life, client=client, info=info)
-        if life in self._pool.lives:
-            self._servers[life.name] = server
-            self._tell_change()
-            await self._watch(server)
-
-    async def _watch(self, server: Server) -> None:
-        """Ask for the server's health now and then, and where a request failed there."""
-        failed = 0
-        while self._servers.get(server.life.name) is server:
-            if failed:
-                await asyncio.sleep(PROBE_AGAIN_S)
-            else:
-                await _wait_for(server.suspected, PROBE_INTERVAL_S)
-            await self._is_running.wait()
-            try:
-                await server.client.check_health(PROBE_TIMEOUT_S)
-            except ServerError as error:
-                # A paused server answers no probe.
-                failed += self._is_running.is_set()
-                if failed >= MAX_FAILED_PROBES:
-                    await self._give_up(server, str(error))
-            else:
-                failed = 0
-                server.suspected.clear()
-                self._work.set()
-
-    async def _pause_server(self, server: Server, mode: PauseMode) -> None:
-        try:
-            await server.client.pause_generation(mode)
-        except ServerError as error:
-            await self._give_up(server, str(error))
-
-    async def _resume_server(self, server: Server, policy_version: int) -> None:
-        """Let a server serve if every worker of it has the version."""
-        try:
-            info = await server.client.info()
-            if set(info.policy_versions) != {policy_version}:
-                self._retire(
-                    server, f"it has policy versions {sorted(set(info.policy_versions))}, not {policy_version}"
-                )
-                return
-            # Tokens of the new version may come as soon as it goes on.
-            server.policy_version = policy_version
-            self._tell_change()
-            await server.client.continue_generation()
-        except ServerError as error:
-            await self._give_up(server, str(error))
-
-    async def _give_up(self, server: Server, reason: str) -> None:
-        """Have a server restarted."""
-        if self._servers.get(server.life.name) is server:
-            self._leave(server, reason)
-            await self._pool.restart(server.life.name, reason)
-            self._work.set()
-
-    def _leave(self, server: Server, reason: str) -> None:
-        # The pool says why.
-        logger.warning(
-            "%s at %s serves no more; %d requests move", server.life.name, server.life.url, len(server.flights)
-        )
-        del self._servers[server.life.name]
-        self._tell_change()
-        # One that is restarted ends, and the router answers what it had there.
-        self._move_flights(server, f"{server.life.name}: {reason}", with_routed=not server.life.may_restart)
-
-    def _retire(self, server: Server, reason: str) -> None:
-        """Take a server out of service until it has been given weights."""
-        if server.policy_version != FOLDER_VERSION or server.flights:
-            logger.warning("%s serves no more until its weights are synchronised: %s", server.life.url, reason)
-        served = server.policy_version != FOLDER_VERSION
-        server.policy_version = FOLDER_VERSION
-        self._tell_change()
-        self._move_flights(server, f"{server.life.name}: {reason}", with_routed=served)
+    # Requests.
 
     def _move_flights(self, server: Server, reason: str, with_routed: bool) -> None:
         """Begin requests of a server again, and on request those that a router may have sent there."""
@@ -327,13 +189,6 @@ class SglangEngine:
                 flight.task.cancel()
                 self._land(flight)
                 self._retry(flight, reason)
-
-    def _tell_change(self) -> None:
-        self._next_change.set()
-        self._next_change = asyncio.Event()
-        self._work.set()
-
-    # Requests.
 
     async def _dispatch(self) -> None:
         """Send what waits, as far as servers and the bound on requests in flight allow."""
@@ -352,14 +207,10 @@ class SglangEngine:
 
     def _may_send(self) -> bool:
         below_bound = self._num_running < self._config.max_requests_in_flight
-        return bool(self._waiting) and self._is_running.is_set() and below_bound
+        return bool(self._waiting) and self._fleet.is_running.is_set() and below_bound
 
     def _way_for(self, flight: Flight) -> Way | None:
-        serving = [
-            server
-            for server in self._servers.values()
-            if server.policy_version == self._policy_version != FOLDER_VERSION
-        ]
+        serving = self._fleet.serving
         if self._router is not None and not flight.failures and self._router.reaches(serving):
             return self._router
         home = self._homes.get(flight.request.prompt_id)
@@ -377,7 +228,7 @@ class SglangEngine:
         while self._may_send() and self._way_for(self._waiting[0]) is None:
             if was_coming:
                 deadline = clock() + patience_s
-            was_coming = self._pool.num_coming > 0
+            was_coming = self._fleet.num_coming > 0
             self._work.clear()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -397,7 +248,7 @@ class SglangEngine:
         check_length(flight.request, way.servers)
         # Of one length and random, so that no name begins with another: aborts go by how a name begins.
         flight.rid, flight.way, flight.servers = uuid.uuid4().hex, way, way.servers
-        flight.first_version = self._policy_version
+        flight.first_version = self._fleet.policy_version
         way.flights.add(flight)
         self._num_running += 1
         self._homes[flight.request.prompt_id] = way.name
@@ -428,7 +279,7 @@ class SglangEngine:
             self._land(flight)
             self._retry(flight, f"{way.client.url}: {error}", way)
             if isinstance(way, Server):
-                self._blame(way, error)
+                self._fleet.blame(way, error)
         except Exception as error:
             self._fail(error)
         finally:
@@ -454,23 +305,11 @@ class SglangEngine:
             return
         versions = result.policy_versions if result.policy_versions is not None else np.array([result.policy_version])
         if versions.max() > max(server.policy_version for server in flight.servers):
-            await self._is_running.wait()
+            await self._fleet.is_running.wait()
         first, last = flight.first_version, max(server.policy_version for server in flight.servers)
         if versions.min() < first or versions.max() > last:
             told = sorted(set(versions.tolist()))
             raise ResponseError("version", f"tokens of policy versions {told}, where {first} to {last} are due")
-
-    def _blame(self, server: Server, error: ServerError | ResponseError) -> None:
-        """Draw the conclusion about the server of a failed attempt."""
-        server.failures_in_a_row += 1
-        if self._servers.get(server.life.name) is not server:
-            return
-        if isinstance(error, ServerSilentError) or server.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
-            self._start(self._give_up(server, str(error)))
-        elif isinstance(error, ServerError):
-            server.suspected.set()
-        elif error.kind == "version":
-            self._retire(server, str(error))
 
     def _land(self, flight: Flight) -> None:
         """Take a request off its way."""
@@ -496,7 +335,7 @@ class SglangEngine:
                 )
             )
         else:
-            self._start(self._queue_later(flight, self._back_off_s(len(flight.failures))))
+            self._start(self._queue_later(flight, back_off_s(len(flight.failures))))
 
     async def _queue_later(self, flight: Flight, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
@@ -504,13 +343,10 @@ class SglangEngine:
             self._waiting.appendleft(flight)
             self._work.set()
 
-    def _back_off_s(self, failures: int) -> float:
-        return min(LONGEST_BACK_OFF_S, FIRST_BACK_OFF_S * 2**failures) * self._jitter.uniform(0.5, 1.5)
-
     async def _abort_on_servers(self, flight: Flight) -> None:
         """Have those servers that may have a request end it, until its answer is there."""
         while flight.way is not None:
-            there = [server for server in flight.servers if self._servers.get(server.life.name) is server]
+            there = [server for server in flight.servers if self._fleet.has(server)]
             await asyncio.gather(*(self._abort_on_server(server, flight.rid) for server in there))
             if flight.task is not None:
                 await asyncio.wait([flight.task], timeout=ABORT_INTERVAL_S)
@@ -528,7 +364,7 @@ class SglangEngine:
             token_ids=np.empty(0, dtype=np.int32),
             log_probs=np.empty(0, dtype=np.float32),
             finish_reason="abort",
-            policy_version=self._policy_version,
+            policy_version=self._fleet.policy_version,
         )
         self._deliver(flight, result, has_slot=False)
 
@@ -558,19 +394,9 @@ class SglangEngine:
     def _fail(self, error: BaseException) -> None:
         """Let `stream` raise an error, and send nothing more."""
         self._failure = self._failure or error
-        self._is_running.clear()
         self._news.set()
-        self._tell_change()
+        self._fleet.halt()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-async def _wait_for(event: asyncio.Event, timeout_s: float) -> None:
-    """Return when the event is set, or after a while."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        pass

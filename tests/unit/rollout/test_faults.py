@@ -9,7 +9,7 @@ import pytest
 
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout import sglang_engine
+from megatron_fipo.rollout import server_fleet
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
 from megatron_fipo.rollout.sglang_engine import SglangEngine
 from tests.misbehaving_proxy import FAULTS, misbehaving
@@ -79,9 +79,9 @@ async def generate(seed: int) -> tuple[dict[str, GenerationResult], list[Generat
 
 @pytest.mark.parametrize("seed", [0])
 def test_two_hundred_faults_cost_no_sample_and_count_none_twice(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_engine, "FIRST_BACK_OFF_S", 0.01)
-    monkeypatch.setattr(sglang_engine, "LONGEST_BACK_OFF_S", 0.5)
-    monkeypatch.setattr(sglang_engine, "PROBE_AGAIN_S", 0.01)
+    monkeypatch.setattr(server_fleet, "FIRST_BACK_OFF_S", 0.01)
+    monkeypatch.setattr(server_fleet, "LONGEST_BACK_OFF_S", 0.5)
+    monkeypatch.setattr(server_fleet, "PROBE_AGAIN_S", 0.01)
     results, requests, faults = asyncio.run(asyncio.wait_for(generate(seed), 400))
     assert sum(faults.values()) >= NUM_FAULTS and faults.keys() == set(FAULTS)
     assert results.keys() == {request.request_id for request in requests}

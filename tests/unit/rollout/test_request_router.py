@@ -20,7 +20,7 @@ import pytest
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout import request_router, sglang_engine
+from megatron_fipo.rollout import request_router, server_fleet, sglang_engine
 from megatron_fipo.rollout.engine import SamplingParameters
 from megatron_fipo.rollout.generate_responses import request_body
 from megatron_fipo.rollout.request_router import RequestRouter, check_router, open_router
@@ -36,8 +36,8 @@ KEY = "the key of the tests"
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_engine, "FIRST_BACK_OFF_S", 0.01)
-    monkeypatch.setattr(sglang_engine, "PROBE_AGAIN_S", 0.01)
+    monkeypatch.setattr(server_fleet, "FIRST_BACK_OFF_S", 0.01)
+    monkeypatch.setattr(server_fleet, "PROBE_AGAIN_S", 0.01)
     monkeypatch.setattr(sglang_engine, "ABORT_INTERVAL_S", 0.05)
 
 
@@ -218,8 +218,8 @@ def test_a_server_that_ends_amid_requests_costs_none(tmp_path: Path) -> None:
 def test_requests_of_a_hung_server_that_nobody_restarts_begin_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sglang_engine, "PROBE_INTERVAL_S", 0.05)
-    monkeypatch.setattr(sglang_engine, "PROBE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(server_fleet, "PROBE_INTERVAL_S", 0.05)
+    monkeypatch.setattr(server_fleet, "PROBE_TIMEOUT_S", 0.5)
 
     async def generate() -> None:
         async with routed(tmp_path, may_restart=False) as (engine, _, stubs, pool):

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout import sglang_engine
+from megatron_fipo.rollout import server_fleet, sglang_engine
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, ServedEngine
 from megatron_fipo.rollout.generate_responses import RoutingShape
 from megatron_fipo.rollout.sglang_engine import SglangEngine
@@ -19,8 +19,8 @@ from tests.stub_sglang import MAX_REQUEST_INPUT, VOCABULARY, StubPool, StubSglan
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_engine, "FIRST_BACK_OFF_S", 0.01)
-    monkeypatch.setattr(sglang_engine, "PROBE_AGAIN_S", 0.01)
+    monkeypatch.setattr(server_fleet, "FIRST_BACK_OFF_S", 0.01)
+    monkeypatch.setattr(server_fleet, "PROBE_AGAIN_S", 0.01)
     monkeypatch.setattr(sglang_engine, "ABORT_INTERVAL_S", 0.05)
 
 
@@ -285,8 +285,8 @@ def test_a_hung_server_is_restarted_and_its_requests_move() -> None:
 def test_a_server_that_shows_no_health_is_restarted_before_its_requests_time_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sglang_engine, "PROBE_INTERVAL_S", 0.05)
-    monkeypatch.setattr(sglang_engine, "PROBE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(server_fleet, "PROBE_INTERVAL_S", 0.05)
+    monkeypatch.setattr(server_fleet, "PROBE_TIMEOUT_S", 0.1)
 
     async def generate() -> None:
         async with running(2) as (engine, stubs, pool):
