@@ -25,8 +25,11 @@ class DiskTransport:
     """Writes each version as a model folder, which the servers then read.
 
     The senders of all pipeline stages write at once, each its own files, into `version_N.partial`, which is renamed to
-    `version_N` when it is whole. The version before is removed once a server has the new one. SGLang begins
-    and ends an update by itself when it reads a folder, quantised weights included.
+    `version_N` when it is whole. The version before is removed once a server has the new one.
+
+    No update session surrounds the reading: SGLang makes weights ready as soon as it has read them, and the end of a
+    session would do that once more. Only the beginning of a session unpacks what a quantised method has packed, so
+    servers with such a method need another transport.
 
     Args:
         bridge: Translates the actor's parameters.
