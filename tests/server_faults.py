@@ -15,6 +15,8 @@ from tests.process_groups import members
 
 PATIENCE_S = 60.0
 _ESTABLISHED = "01"
+# Responses of so many tokens are never equal by chance.
+_TELLING_LENGTH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,4 +116,7 @@ def check_every_draw_ends_once(entries: Sequence[JournalEntry], rollout: Rollout
                 assert len(versions) == len(sample.rollout_log_probs) == len(sample.response_token_ids) > 0
                 assert entry.policy_version - rollout.policy_lag <= versions.min()
                 assert versions.max() <= entry.policy_version
+    samples = [sample for entry in entries for group in entry.groups for sample in group.samples]
+    long = [each for each in samples if len(each.response_token_ids) >= _TELLING_LENGTH]
+    assert len({(each.response_token_ids.tobytes(), each.rollout_log_probs.tobytes()) for each in long}) == len(long)
     return Counter(each.fate for each in settled) + Counter({"open": len(still_open)})
