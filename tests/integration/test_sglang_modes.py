@@ -4,6 +4,7 @@ The server is the one that tests share, behind a proxy that notes what it is ask
 """
 
 import json
+import signal
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -32,6 +33,7 @@ from tests.distributed_helpers import run_distributed
 from tests.integration.small_runs import prompts, read_lines, run_in_turn, run_to_its_end, small_run, write_inputs
 from tests.marked_processes import left_after, mark_own_children
 from tests.misbehaving_proxy import MisbehavingProxy, misbehaving
+from tests.server_faults import server_lives, signal_all
 from tests.sglang_servers import RunningServer, needs_sglang
 
 pytestmark = [pytest.mark.distributed, needs_sglang, pytest.mark.timeout(1200)]
@@ -128,10 +130,13 @@ def serve(root: Path, name: str, server: RunningServer, url: str, **changes: Any
 
 
 class NotesMemory:
-    """Stands between rollouts and controller, and notes what the actor holds while servers generate."""
+    """Stands between rollouts and controller, and notes what the actor holds while servers generate.
 
-    def __init__(self, calls: Any, memory: ActorMemory, held: list[int]) -> None:
-        self._calls, self._memory, self._held = calls, memory, held
+    As rollout `killed_at` begins, it ends the server.
+    """
+
+    def __init__(self, calls: Any, memory: ActorMemory, held: list[int], killed_at: int) -> None:
+        self._calls, self._memory, self._held, self._killed_at = calls, memory, held, killed_at
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._calls, name)
@@ -139,6 +144,8 @@ class NotesMemory:
     def ask(self, action: str, *arguments: Any) -> Any:
         if action == "next_rollout":
             self._held.append(bytes_on_device(self._memory))
+            if self._calls.link is not None and len(self._held) == self._killed_at:
+                signal_all(server_lives(self._calls.link.process.pid)["server0"], signal.SIGKILL)
         return self._calls.ask(action, *arguments)
 
 
@@ -149,7 +156,7 @@ def bytes_on_device(memory: ActorMemory) -> int:
     return sum(storage.nbytes() for storage in storages_of(tensors))
 
 
-def run_watched(mark: str, config: RunConfig) -> tuple[Any, list[int]]:
+def run_watched(mark: str, config: RunConfig, killed_at: int) -> tuple[Any, list[int]]:
     quiet_upstream()
     mark_own_children(mark)
     held: list[int] = []
@@ -157,16 +164,18 @@ def run_watched(mark: str, config: RunConfig) -> tuple[Any, list[int]]:
     def change(run: Run) -> None:
         rollout: Any = run.rollout
         if rollout.colocation is not None:
-            rollout.calls = NotesMemory(rollout.calls, rollout.colocation.trainer, held)
+            rollout.calls = NotesMemory(rollout.calls, rollout.colocation.trainer, held, killed_at)
 
     return run_to_its_end(config, change).error, held
 
 
-def outcome_of(config: RunConfig, proxy: MisbehavingProxy | None = None, timeout_s: float = 300.0) -> Outcome:
+def outcome_of(
+    config: RunConfig, proxy: MisbehavingProxy | None = None, timeout_s: float = 300.0, killed_at: int = 0
+) -> Outcome:
     """Run it on two ranks, to its end."""
     mark = uuid.uuid4().hex
     first = 0 if proxy is None else len(proxy.commands)
-    ends = run_distributed(run_watched, 2, mark, config, timeout_s=timeout_s)
+    ends = run_distributed(run_watched, 2, mark, config, killed_at, timeout_s=timeout_s)
     assert [error for error, _ in ends] == [(), ()]
     folder = config.output_dir
     journal = [read_journal(journal_path(folder / "journal", step)) for step in range(1, config.num_steps + 1)]
@@ -180,13 +189,14 @@ def runs_of(asked: Sequence[str]) -> list[str]:
     return [each for place, each in enumerate(asked) if place == 0 or asked[place - 1] != each]
 
 
-def check_syncs(outcome: Outcome) -> None:
-    """Every synchronisation has reached the server, and every line is sound."""
+def check_syncs(outcome: Outcome, killed_at: int = 0) -> None:
+    """Every synchronisation has reached the server, a killed one twice, and every line is sound."""
     steps = outcome.config.num_steps
     assert [line["policy_version"] for line in outcome.lines] == list(range(steps + 1))
-    for line in outcome.lines:
+    for step, line in enumerate(outcome.lines):
         assert line["rollout/canary_mismatch_max"] <= 1e-4
-        assert (line["perf/weight_sync_servers"], line["perf/weight_sync_servers_failed"]) == (1, 0)
+        assert line["perf/weight_sync_servers"] == (2 if killed_at and step == killed_at else 1)
+        assert line["perf/weight_sync_servers_failed"] == 0
         assert not CATALOGUE.undeclared(line)
     for line in outcome.lines[1:]:
         assert line["fipo/null_future_kl_std"] == 0.0
@@ -256,12 +266,13 @@ def test_a_colocated_run_hands_the_devices_over(root: Path, sglang_server: Runni
 
 @pytest.mark.exhaustive
 def test_a_colocated_run_has_servers_of_its_own(root: Path) -> None:
-    """They start once the trainer has left the devices to them, and end with the run."""
+    """They start on devices that the trainer has left, get weights when they come back, and end with the run."""
     small = SglangConfig(server_arguments={"max_total_tokens": 4096, "max_running_requests": 32})
     rollout = {"engine": "sglang", "colocated": True, "sglang": small}
-    config = small_run(root, "own_servers", num_steps=3, parallelism=TWO_RANKS, rollout=rollout)
-    outcome = outcome_of(config, timeout_s=600.0)
-    check_syncs(outcome)
+    data = prompts(root, held_out="held_out")
+    config = small_run(root, "own_servers", num_steps=3, data=data, parallelism=TWO_RANKS, rollout=rollout)
+    outcome = outcome_of(config, timeout_s=900.0, killed_at=2)
+    check_syncs(outcome, killed_at=2)
     check_journal(outcome)
     assert outcome.held == [[0, 0, 0], [0, 0, 0]]
     check_replay(root, outcome)
