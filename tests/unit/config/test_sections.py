@@ -373,8 +373,8 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (
         RolloutConfig,
         {"engine": "sglang", "replay_routing": True, "sglang": SglangConfig(use_router=True)},
-        "sglang.use_router = True: must be false with replay_routing: the router does not pass on that experts are asked "
-        "for; drop either",
+        "sglang.use_router = True: must be false with replay_routing: the router does not pass on that experts are "
+        "asked for; drop either",
     ),
     *(
         (SglangConfig, {field: 0}, f"{field} = 0: must be at least 1; set it to 1 or more")
