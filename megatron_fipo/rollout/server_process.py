@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections import deque
@@ -16,7 +17,9 @@ from megatron_fipo.rollout import server_guard
 PROBE_INTERVAL_S = 0.2
 STOP_GRACE_S = 5.0
 """Between SIGTERM and SIGKILL. SGLang lets running requests finish, which nobody waits for."""
-_TAIL_LINES = 25
+_TAIL_LINES, _LINE_LENGTH = 25, 400
+# SGLang writes all its arguments down, on a line of thousands of characters.
+_KEY = re.compile(r"(api_key': )'[^']*'")
 
 
 class ServerEndedError(Exception):
@@ -125,7 +128,8 @@ class ServerProcess:
     def _log_end(self) -> str:
         with self.log.open(encoding="utf-8", errors="replace") as file:
             lines = deque(file, _TAIL_LINES)
-        return f"the end of {self.log}:\n{''.join(lines).rstrip()}"
+        told = [_KEY.sub(r"\1…", line.rstrip())[:_LINE_LENGTH] for line in lines]
+        return "\n".join([f"the end of {self.log}:", *told]).rstrip()
 
 
 async def _is_ready(session: aiohttp.ClientSession, url: str) -> bool:

@@ -56,6 +56,17 @@ def test_one_that_ends_before_it_is_ready_says_why_at_once(tmp_path: Path) -> No
     asyncio.run(scenario())
 
 
+def test_the_end_of_its_log_does_not_tell_its_key(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        says = "print({'api_key': 'secret', 'long': 1000 * 'x'}); print('bad weights')"
+        server = await ServerProcess.start([sys.executable, "-c", says], os.environ, tmp_path / "log")
+        told = (await server.wait()).splitlines()
+        assert told[1].startswith("{'api_key': …, 'long': 'xxx") and len(told[1]) == 400
+        assert told[2:] == ["bad weights"]
+
+    asyncio.run(scenario())
+
+
 def test_one_that_is_not_ready_in_time_is_told(tmp_path: Path) -> None:
     async def scenario() -> None:
         port = free_port()
