@@ -82,7 +82,7 @@ def _evaluate(words: Sequence[str]) -> int:
 
 
 def _check(words: Sequence[str]) -> int:
-    from megatron_fipo.rollout.server_arguments import check_server_arguments
+    from megatron_fipo.rollout.servers.arguments import check_server_arguments
     from megatron_fipo.runtime.run_dir import RunDirectory
 
     if (config := _read_run_config("check", words)) is None:
@@ -99,7 +99,7 @@ def _serve(words: Sequence[str]) -> int:
     import asyncio
 
     from megatron_fipo.config.base import require
-    from megatron_fipo.rollout.server_agent import serve
+    from megatron_fipo.rollout.servers.agent import serve
     from megatron_fipo.runtime.errors import RunError
     from megatron_fipo.runtime.logging import setup_logging
     from megatron_fipo.runtime.run_dir import RunDirectory

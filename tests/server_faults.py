@@ -55,7 +55,7 @@ def server_lives(controller: int) -> dict[str, ServerLife]:
     for process in psutil.Process(controller).children(recursive=True):
         try:
             words = process.cmdline()
-            place = next((place for place, word in enumerate(words) if word.endswith("server_guard.py")), None)
+            place = next((place for place, word in enumerate(words) if word.endswith("servers/guard.py")), None)
             if place is None:
                 continue
             name = Path(words[place + 1]).stem

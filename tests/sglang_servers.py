@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.rollout.server_command import (
+from megatron_fipo.rollout.servers.command import (
     ServerPlace,
     ServerSettings,
     has_cuda,
     server_command,
     server_environment,
 )
-from megatron_fipo.rollout.server_process import ServerProcess
+from megatron_fipo.rollout.servers.process import ServerProcess
 
 START_TIMEOUT_S = 900.0
 API_KEY = "the key of the tests"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
-from megatron_fipo.rollout.sglang_engine import SglangEngine
+from megatron_fipo.rollout.sglang.engine import SglangEngine
 from tests.stub_sglang import VOCABULARY, StubSglang, expected_log_prob, expected_tokens
 
 

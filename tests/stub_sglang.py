@@ -10,8 +10,8 @@ import numpy as np
 import orjson
 from aiohttp import web
 
-from megatron_fipo.rollout.server_registry import ServerLife
-from megatron_fipo.rollout.sglang_client import policy_version_of
+from megatron_fipo.rollout.servers.registry import ServerLife
+from megatron_fipo.rollout.sglang.client import policy_version_of
 from megatron_fipo.runtime.errors import RunError
 
 VOCABULARY = 500

@@ -217,8 +217,8 @@ async def take_in_by_engine(options: argparse.Namespace) -> Any:
     from megatron_fipo.config.rollout import RolloutConfig
     from megatron_fipo.config.sglang import SglangConfig
     from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
-    from megatron_fipo.rollout.server_registry import ServerLife
-    from megatron_fipo.rollout.sglang_engine import SglangEngine
+    from megatron_fipo.rollout.servers.registry import ServerLife
+    from megatron_fipo.rollout.sglang.engine import SglangEngine
 
     class OneServer:
         """A pool of the stub alone."""

@@ -16,11 +16,11 @@ from typing import Any
 from megatron_fipo.config.load import config_from_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.rollout.engine import ServerAddress
-from megatron_fipo.rollout.generate_responses import RoutingShape
-from megatron_fipo.rollout.request_router import check_router, open_router
-from megatron_fipo.rollout.server_arguments import check_server_arguments
-from megatron_fipo.rollout.server_pool import open_pool
-from megatron_fipo.rollout.sglang_engine import SglangEngine
+from megatron_fipo.rollout.servers.arguments import check_server_arguments
+from megatron_fipo.rollout.servers.pool import open_pool
+from megatron_fipo.rollout.sglang.engine import SglangEngine
+from megatron_fipo.rollout.sglang.generate_responses import RoutingShape
+from megatron_fipo.rollout.sglang.request_router import check_router, open_router
 from megatron_fipo.runtime.background import running
 from megatron_fipo.runtime.logging import setup_logging
 from megatron_fipo.runtime.progress import Progress

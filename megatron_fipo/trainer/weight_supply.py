@@ -6,7 +6,7 @@ from typing import Protocol
 
 from megatron_fipo.config.weight_sync import PauseMode
 from megatron_fipo.rollout.engine import ServerAddress
-from megatron_fipo.rollout.server_registry import ServerPool
+from megatron_fipo.rollout.servers.registry import ServerPool
 
 type Push = Callable[[Sequence[ServerAddress]], Awaitable[Mapping[str, str] | None]]
 """Gives servers the current weights; returns why some did not take them in, by name, or None where newer ones come."""

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 
 from megatron_fipo.platform.device import uses_cuda
 from megatron_fipo.rollout.engine import ServerAddress
-from megatron_fipo.rollout.sglang_client import ServerRefusedError
+from megatron_fipo.rollout.sglang.client import ServerRefusedError
 from megatron_fipo.weight_sync.flat_buckets import FlatTensor
 from megatron_fipo.weight_sync.groups import address_towards, host_store, join_group, leave_group
 from megatron_fipo.weight_sync.server_calls import Call, ServerCalls, failures

@@ -9,7 +9,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 import aiohttp
 
 from megatron_fipo.rollout.engine import ServerAddress
-from megatron_fipo.rollout.sglang_client import ServerError, SglangServer, open_session
+from megatron_fipo.rollout.sglang.client import ServerError, SglangServer, open_session
 
 # More than the calls that weight synchronisation has under way with all servers.
 _MAX_REQUESTS = 1024

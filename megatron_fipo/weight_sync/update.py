@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_fipo.config.weight_sync import WeightSyncConfig
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.engine import ServerAddress
-from megatron_fipo.rollout.sglang_client import SglangServer
+from megatron_fipo.rollout.sglang.client import SglangServer
 from megatron_fipo.weight_sync.server_calls import Call, ServerCalls, failures
 
 

@@ -12,7 +12,7 @@ import orjson
 
 from megatron_fipo.config.weight_sync import WeightSyncConfig
 from megatron_fipo.rollout.engine import ServerAddress
-from megatron_fipo.rollout.sglang_client import ServerNonsenseError, SglangServer
+from megatron_fipo.rollout.sglang.client import ServerNonsenseError, SglangServer
 from megatron_fipo.weight_sync.canary import Canary
 from megatron_fipo.weight_sync.server_calls import ServerCalls, failures
 from megatron_fipo.weight_sync.update import on_rank

@@ -15,7 +15,7 @@ from megatron_fipo.actor.shard import packing_rules
 from megatron_fipo.config.weight_sync import WeightSyncConfig
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.engine import ServerAddress
-from megatron_fipo.rollout.sglang_client import SglangServer
+from megatron_fipo.rollout.sglang.client import SglangServer
 from megatron_fipo.weight_sync.base import WeightTransport
 from megatron_fipo.weight_sync.canary import Canary, canary_token_ids
 from megatron_fipo.weight_sync.disk import DiskTransport

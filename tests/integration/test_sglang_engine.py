@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
-from megatron_fipo.rollout.request_router import RequestRouter, open_router
-from megatron_fipo.rollout.sglang_client import ServerRefusedError, SglangServer, open_session
-from megatron_fipo.rollout.sglang_engine import SglangEngine
+from megatron_fipo.rollout.sglang.client import ServerRefusedError, SglangServer, open_session
+from megatron_fipo.rollout.sglang.engine import SglangEngine
+from megatron_fipo.rollout.sglang.request_router import RequestRouter, open_router
 from tests.misbehaving_proxy import FAULTS, misbehaving
 from tests.sglang_servers import RunningServer, needs_sglang
 from tests.stub_sglang import StubPool

@@ -26,7 +26,7 @@ from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.platform.host_memory import storages_of
 from megatron_fipo.rollout.batch import batch_path, build_train_batch, save_batch
 from megatron_fipo.rollout.journal import JournalEntry, journal_path, read_journal
-from megatron_fipo.rollout.sglang_client import SglangServer, open_session
+from megatron_fipo.rollout.sglang.client import SglangServer, open_session
 from megatron_fipo.runtime.logging import quiet_upstream
 from megatron_fipo.trainer.state import Run
 from tests.distributed_helpers import run_distributed

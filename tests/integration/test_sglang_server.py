@@ -89,7 +89,7 @@ def test_nothing_is_left_when_its_first_process_is_killed(sglang_server: Running
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("victim", ["sglang::scheduler", "sglang::detokenizer", "server_guard"])
+@pytest.mark.parametrize("victim", ["sglang::scheduler", "sglang::detokenizer", "servers/guard"])
 def test_nothing_is_left_whatever_is_killed(tmp_path: Path, victim: str) -> None:
     with running_server(tmp_path) as server:
         group = server.process.group

@@ -1,6 +1,6 @@
 """What SGLang's servers need on a machine without CUDA; Python imports it when one of their processes starts.
 
-Servers alone have this folder on PYTHONPATH, as the first (`rollout/server_command.py` puts it there). It imports
+Servers alone have this folder on PYTHONPATH, as the first (`rollout/servers/command.py` puts it there). It imports
 nothing heavy by itself: what it changes, it changes once SGLang has imported it. Beside it are `sgl_kernel`, in the
 place of a package that exists for CUDA alone, and `sglang_cpu_models`.
 `tests/unit/platform/test_sglang_cpu_shim.py` tells when SGLang no longer needs a patch.

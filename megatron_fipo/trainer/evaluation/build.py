@@ -21,10 +21,10 @@ from megatron_fipo.rewards.pool import RewardPool
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters
-from megatron_fipo.rollout.request_router import check_router
 from megatron_fipo.rollout.samples import Decode
 from megatron_fipo.rollout.scoring import Scoring
-from megatron_fipo.rollout.server_arguments import check_server_arguments
+from megatron_fipo.rollout.servers.arguments import check_server_arguments
+from megatron_fipo.rollout.sglang.request_router import check_router
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.evaluation.directory import prepare_directory
 from megatron_fipo.trainer.evaluation.problems import select_prompts

@@ -13,10 +13,10 @@ from megatron_fipo.conversion.hf_folder import read_model_config
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.engine import RolloutEngine, ServerAddress
-from megatron_fipo.rollout.request_router import open_router
-from megatron_fipo.rollout.server_pool import open_pool
-from megatron_fipo.rollout.sglang_client import ServerError, SglangServer, open_session
-from megatron_fipo.rollout.sglang_engine import SglangEngine
+from megatron_fipo.rollout.servers.pool import open_pool
+from megatron_fipo.rollout.sglang.client import ServerError, SglangServer, open_session
+from megatron_fipo.rollout.sglang.engine import SglangEngine
+from megatron_fipo.rollout.sglang.request_router import open_router
 from megatron_fipo.runtime.background import running
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.run_dir import RunDirectory

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout import server_fleet
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters
-from megatron_fipo.rollout.sglang_engine import SglangEngine
+from megatron_fipo.rollout.sglang import server_fleet
+from megatron_fipo.rollout.sglang.engine import SglangEngine
 from tests.misbehaving_proxy import FAULTS, misbehaving
 from tests.stub_sglang import VOCABULARY, StubPool, StubSglang, expected_log_prob, expected_tokens, serving
 

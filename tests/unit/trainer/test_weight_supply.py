@@ -6,7 +6,7 @@ import pytest
 
 from megatron_fipo.config.weight_sync import PauseMode
 from megatron_fipo.rollout.engine import ServerAddress
-from megatron_fipo.rollout.server_registry import ServerLife
+from megatron_fipo.rollout.servers.registry import ServerLife
 from megatron_fipo.runtime.background import running
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.trainer.weight_supply import WeightSupply

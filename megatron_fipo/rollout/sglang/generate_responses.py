@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult
-from megatron_fipo.rollout.sglang_client import policy_version_of
+from megatron_fipo.rollout.sglang.client import policy_version_of
 from megatron_fipo.types import ExpertArray, FinishReason, FloatArray, IntArray
 
 ResponseProblem = Literal[

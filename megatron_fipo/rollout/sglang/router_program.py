@@ -1,4 +1,4 @@
-"""Runs sglang-router: `python -m megatron_fipo.rollout.router_program SETTINGS.json`.
+"""Runs sglang-router: `python -m megatron_fipo.rollout.sglang.router_program SETTINGS.json`.
 
 The router's own program takes its key on the command line, which every user of the machine can see, and imports SGLang.
 """

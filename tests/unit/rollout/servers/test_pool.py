@@ -20,20 +20,21 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout import server_listener, server_pool, server_registry
-from megatron_fipo.rollout.server_agent import ServerAgent, read_controller_file
-from megatron_fipo.rollout.server_pool import open_pool
-from megatron_fipo.rollout.server_registry import ServerPool
+from megatron_fipo.rollout.servers import listener, registry
+from megatron_fipo.rollout.servers import pool as pool_module
+from megatron_fipo.rollout.servers.agent import ServerAgent, read_controller_file
+from megatron_fipo.rollout.servers.pool import open_pool
+from megatron_fipo.rollout.servers.registry import ServerPool
 from megatron_fipo.runtime.errors import RunError
 from tests.process_groups import wait_until_empty
 
-STAND_IN = Path(__file__).parents[2] / "stand_in_sglang"
+STAND_IN = Path(__file__).parents[3] / "stand_in_sglang"
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setattr(server_registry, "FIRST_BACK_OFF_S", 0.05)
+    monkeypatch.setattr(registry, "FIRST_BACK_OFF_S", 0.05)
 
 
 @pytest.fixture
@@ -126,11 +127,11 @@ def test_a_server_that_was_sound_may_be_restarted_as_often_as_a_new_one(
 ) -> None:
     async def scenario() -> None:
         async with open_pool(model, rollout(max_restarts=1), tmp_path / "servers") as pool:
-            monkeypatch.setattr(server_registry, "SOUND_LIFE_S", 0.0)
+            monkeypatch.setattr(registry, "SOUND_LIFE_S", 0.0)
             for life in ("server0.life1", "server0.life2"):
                 await until(pool, lambda life=life: [each.name for each in pool.lives] == [life])
                 await pool.restart(life, "it repeats itself")
-            monkeypatch.setattr(server_registry, "SOUND_LIFE_S", 3600.0)
+            monkeypatch.setattr(registry, "SOUND_LIFE_S", 3600.0)
             await until(pool, lambda: bool(pool.lives))
             await pool.restart("server0.life3", "it repeats itself")
             with pytest.raises(RunError, match=r"server 0: it repeats itself \(it was restarted 1 times\)"):
@@ -146,7 +147,7 @@ def test_a_lost_agent_takes_its_servers_along_and_is_replaced(model: ModelConfig
         async with open_pool(model, rollout(), folder) as pool:
             await until(pool, lambda: len(pool.lives) == 1)
             group = group_of(folder, "server0.life1")
-            (agent,) = [child for line, child in command_lines(psutil.Process()).items() if "server_agent" in line]
+            (agent,) = [child for line, child in command_lines(psutil.Process()).items() if "servers.agent" in line]
             agent.kill()
             await until(pool, lambda: not pool.lives)
             await until(pool, lambda: [life.name for life in pool.lives] == ["server0.life2"])
@@ -158,12 +159,12 @@ def test_a_lost_agent_takes_its_servers_along_and_is_replaced(model: ModelConfig
 def test_an_agent_that_hangs_is_replaced_with_its_servers_and_ends_at_last(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_listener, "AGENT_LOST_S", 3.0)
-    monkeypatch.setattr(server_pool, "AGENT_END_S", 0.5)
+    monkeypatch.setattr(listener, "AGENT_LOST_S", 3.0)
+    monkeypatch.setattr(pool_module, "AGENT_END_S", 0.5)
     folder = tmp_path / "servers"
 
     def agents() -> list[psutil.Process]:
-        return [child for line, child in command_lines(psutil.Process()).items() if "server_agent" in line]
+        return [child for line, child in command_lines(psutil.Process()).items() if "servers.agent" in line]
 
     async def scenario() -> list[int]:
         async with open_pool(model, rollout(), folder) as pool:
@@ -183,7 +184,7 @@ def test_an_agent_that_hangs_is_replaced_with_its_servers_and_ends_at_last(
 
 
 def test_an_agent_whose_controller_ends_before_it_speaks_ends_without_a_word(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megatron_fipo.rollout.server_agent", str(tmp_path)]
+    command = [sys.executable, "-m", "megatron_fipo.rollout.servers.agent", str(tmp_path)]
     ended = subprocess.run(command, input=b"", capture_output=True, timeout=120.0)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
 
@@ -193,7 +194,7 @@ import asyncio
 from pathlib import Path
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
-from megatron_fipo.rollout.server_pool import open_pool
+from megatron_fipo.rollout.servers.pool import open_pool
 
 async def own():
     folder = Path({folder!r})
@@ -271,14 +272,14 @@ def test_an_agent_that_falls_silent_is_lost(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "localhost")
-    monkeypatch.setattr(server_listener, "AGENT_LOST_S", 3.0)
+    monkeypatch.setattr(listener, "AGENT_LOST_S", 3.0)
     folder = tmp_path / "servers"
 
     async def scenario() -> int:
         async with open_pool(model, rollout(num_agents=1), folder) as pool:
-            program = "import asyncio; from pathlib import Path; from megatron_fipo.rollout.server_agent import serve; "
+            program = "import asyncio, pathlib; from megatron_fipo.rollout.servers.agent import serve; "
             agent = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", f"{program}asyncio.run(serve(Path({str(folder)!r}), 60.0))"),
+                *(sys.executable, "-c", f"{program}asyncio.run(serve(pathlib.Path({str(folder)!r}), 60.0))"),
                 stderr=asyncio.subprocess.PIPE,
             )
             try:

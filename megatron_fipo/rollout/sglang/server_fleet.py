@@ -14,16 +14,16 @@ import aiohttp
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.config.weight_sync import PauseMode
 from megatron_fipo.rollout.engine import ServerAddress
-from megatron_fipo.rollout.generate_responses import ResponseError
-from megatron_fipo.rollout.server_choice import Server
-from megatron_fipo.rollout.server_registry import ServerLife, ServerPool
-from megatron_fipo.rollout.sglang_client import (
+from megatron_fipo.rollout.servers.registry import ServerLife, ServerPool
+from megatron_fipo.rollout.sglang.client import (
     FOLDER_VERSION,
     PROBE_TIMEOUT_S,
     ServerError,
     ServerSilentError,
     SglangServer,
 )
+from megatron_fipo.rollout.sglang.generate_responses import ResponseError
+from megatron_fipo.rollout.sglang.server_choice import Server
 from megatron_fipo.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.rollout.server_process import ServerEndedError, ServerProcess
+from megatron_fipo.rollout.servers.process import ServerEndedError, ServerProcess
 from tests.process_groups import members, wait_until_empty
 
-STAND_IN = Path(__file__).parents[2] / "stand_in_sglang" / "sglang" / "launch_server.py"
+STAND_IN = Path(__file__).parents[3] / "stand_in_sglang" / "sglang" / "launch_server.py"
 
 
 def free_port() -> int:
@@ -117,7 +117,7 @@ def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path) -> None:
         f"""
         import asyncio, os
         from pathlib import Path
-        from megatron_fipo.rollout.server_process import ServerProcess
+        from megatron_fipo.rollout.servers.process import ServerProcess
 
         async def own():
             server = await ServerProcess.start({command(free_port())!r}, os.environ, Path({str(tmp_path)!r}) / "log")

@@ -17,11 +17,11 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout.server_agent import CONTROLLER_FILE
-from megatron_fipo.rollout.server_command import ServerSettings
-from megatron_fipo.rollout.server_listener import ServerListener, job_address, write_controller_file
-from megatron_fipo.rollout.server_registry import ServerLife, ServerPool, ServerRegistry
-from megatron_fipo.rollout.server_settings import server_settings
+from megatron_fipo.rollout.servers.agent import CONTROLLER_FILE
+from megatron_fipo.rollout.servers.command import ServerSettings
+from megatron_fipo.rollout.servers.listener import ServerListener, job_address, write_controller_file
+from megatron_fipo.rollout.servers.registry import ServerLife, ServerPool, ServerRegistry
+from megatron_fipo.rollout.servers.settings import server_settings
 from megatron_fipo.runtime.child_process import child_environment
 from megatron_fipo.runtime.errors import RunError
 
@@ -186,7 +186,7 @@ async def _keep_agent(registry: ServerRegistry, controller: str, folder: Path) -
 async def _run_agent(registry: ServerRegistry, controller: str, folder: Path) -> int:
     """Run an agent until it ends or hangs; it ends its servers and itself when this process or this call ends."""
     agent = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "megatron_fipo.rollout.server_agent", str(folder)),
+        *(sys.executable, "-P", "-m", "megatron_fipo.rollout.servers.agent", str(folder)),
         stdin=asyncio.subprocess.PIPE,
         # What a terminal or Slurm sends to all processes comes to this one, which ends the agent in order.
         start_new_session=True,

@@ -1,6 +1,6 @@
 """Stands between a server and its owner, so that neither leaves the other's processes behind.
 
-`python -m megatron_fipo.rollout.server_guard LOG COMMAND …` starts the command in a process group of its own and ends
+`python -m megatron_fipo.rollout.servers.guard LOG COMMAND …` starts the command in a process group of its own and ends
 that whole group, by SIGKILL at last, as soon as the command's first process has ended, or the owner: its end of this
 process's input closes then, however it ended. Where this process itself is killed, the kernel kills the first process,
 SGLang's others go with that one, and the owner kills the group. It needs the standard library alone.

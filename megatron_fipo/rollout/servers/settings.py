@@ -5,7 +5,7 @@ from typing import Any
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.conversion.hf_folder import model_config_for, read_model_config
-from megatron_fipo.rollout.server_command import ServerSettings
+from megatron_fipo.rollout.servers.command import ServerSettings
 
 
 def server_settings(model: ModelConfig, rollout: RolloutConfig, local_ranks: int = 0) -> ServerSettings:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from megatron_fipo.rollout.server_registry import Report, ServerRegistry
+from megatron_fipo.rollout.servers.registry import Report, ServerRegistry
 
 AGENT_LOST_S = 15.0
 """Silence after which an agent counts as lost, with its servers."""

@@ -8,10 +8,11 @@ import pytest
 
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout import server_fleet, sglang_engine
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, ServedEngine
-from megatron_fipo.rollout.generate_responses import RoutingShape
-from megatron_fipo.rollout.sglang_engine import SglangEngine
+from megatron_fipo.rollout.sglang import engine as engine_module
+from megatron_fipo.rollout.sglang import server_fleet
+from megatron_fipo.rollout.sglang.engine import SglangEngine
+from megatron_fipo.rollout.sglang.generate_responses import RoutingShape
 from megatron_fipo.runtime.errors import RunError
 from tests.stub_rollouts import check, known, make_requests, sync, take
 from tests.stub_sglang import MAX_REQUEST_INPUT, VOCABULARY, StubPool, StubSglang, serving
@@ -21,7 +22,7 @@ from tests.stub_sglang import MAX_REQUEST_INPUT, VOCABULARY, StubPool, StubSglan
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_fleet, "FIRST_BACK_OFF_S", 0.01)
     monkeypatch.setattr(server_fleet, "PROBE_AGAIN_S", 0.01)
-    monkeypatch.setattr(sglang_engine, "ABORT_INTERVAL_S", 0.05)
+    monkeypatch.setattr(engine_module, "ABORT_INTERVAL_S", 0.05)
 
 
 @asynccontextmanager
@@ -77,15 +78,15 @@ def test_no_more_requests_are_in_flight_than_allowed() -> None:
 
 
 def test_answers_wait_in_the_network_while_nobody_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_engine, "MAX_RESULTS_WAITING", 4)
+    monkeypatch.setattr(engine_module, "MAX_RESULTS_WAITING", 4)
     read: list[str] = []
-    real = sglang_engine.read_response
+    real = engine_module.read_response
 
     def count(body: bytes, request: GenerationRequest, *more: Any) -> GenerationResult:
         read.append(request.request_id)
         return real(body, request, *more)
 
-    monkeypatch.setattr(sglang_engine, "read_response", count)
+    monkeypatch.setattr(engine_module, "read_response", count)
 
     async def generate() -> None:
         async with running(1) as (engine, stubs, pool):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import aiohttp
 
-from megatron_fipo.rollout import server_guard
+from megatron_fipo.rollout.servers import guard as guard_program
 
 PROBE_INTERVAL_S = 0.2
 STOP_GRACE_S = 5.0
@@ -29,7 +29,7 @@ class ServerEndedError(Exception):
 class ServerProcess:
     """A server's processes, which are one process group, and their guard.
 
-    The group ends with this process, whatever ends it (`server_guard`).
+    The group ends with this process, whatever ends it (`guard.py`).
 
     Args:
         guard: The guard.
@@ -56,7 +56,7 @@ class ServerProcess:
         """
         # Isolated, so that nothing on the server's PYTHONPATH gets into the guard.
         guard = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", server_guard.__file__, str(log), *command),
+            *(sys.executable, "-I", guard_program.__file__, str(log), *command),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,

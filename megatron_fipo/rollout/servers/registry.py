@@ -1,6 +1,6 @@
 """Which servers a run has: their lives, the nodes they are on, and what their agents are to do next.
 
-A server's ranks are on one node, or on several. Each node has an agent (`server_agent`), which reports what it runs and
+A server's ranks are on one node, or on several. Each node has an agent (`agent.py`), which reports what it runs and
 is told what it is to run; it decides nothing. Restarts are decided here, so that the parts of a server that is spread
 over nodes begin and end together.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from megatron_fipo.rollout.server_command import ServerSettings
+from megatron_fipo.rollout.servers.command import ServerSettings
 from megatron_fipo.runtime.errors import RunError
 
 log = logging.getLogger(__name__)

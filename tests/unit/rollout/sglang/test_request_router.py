@@ -20,11 +20,12 @@ import pytest
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout import request_router, server_fleet, sglang_engine
 from megatron_fipo.rollout.engine import SamplingParameters
-from megatron_fipo.rollout.generate_responses import request_body
-from megatron_fipo.rollout.request_router import RequestRouter, check_router, open_router
-from megatron_fipo.rollout.sglang_engine import SglangEngine
+from megatron_fipo.rollout.sglang import engine as engine_module
+from megatron_fipo.rollout.sglang import request_router, server_fleet
+from megatron_fipo.rollout.sglang.engine import SglangEngine
+from megatron_fipo.rollout.sglang.generate_responses import request_body
+from megatron_fipo.rollout.sglang.request_router import RequestRouter, check_router, open_router
 from megatron_fipo.runtime.errors import RunError
 from tests.misbehaving_proxy import FAULTS, misbehaving
 from tests.process_groups import members, wait_until_empty
@@ -38,7 +39,7 @@ KEY = "the key of the tests"
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_fleet, "FIRST_BACK_OFF_S", 0.01)
     monkeypatch.setattr(server_fleet, "PROBE_AGAIN_S", 0.01)
-    monkeypatch.setattr(sglang_engine, "ABORT_INTERVAL_S", 0.05)
+    monkeypatch.setattr(engine_module, "ABORT_INTERVAL_S", 0.05)
 
 
 def run(coroutine: Awaitable[Any]) -> Any:
@@ -100,7 +101,7 @@ def router_process() -> psutil.Process:
     (found,) = [
         child
         for child in psutil.Process().children(recursive=True)
-        if "megatron_fipo.rollout.router_program" in child.cmdline()[:4]
+        if "megatron_fipo.rollout.sglang.router_program" in child.cmdline()[:4]
     ]
     return found
 
@@ -307,7 +308,7 @@ import asyncio, sys
 from pathlib import Path
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout.request_router import open_router
+from megatron_fipo.rollout.sglang.request_router import open_router
 
 async def main():
     config = RolloutConfig(engine="sglang", sglang=SglangConfig(use_router=True))

@@ -12,9 +12,9 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout.server_arguments import check_server_arguments
-from megatron_fipo.rollout.server_command import ServerPlace, server_command, server_environment
-from megatron_fipo.rollout.server_settings import server_settings
+from megatron_fipo.rollout.servers.arguments import check_server_arguments
+from megatron_fipo.rollout.servers.command import ServerPlace, server_command, server_environment
+from megatron_fipo.rollout.servers.settings import server_settings
 
 needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
 KEY_FILE = Path("/secret/key.yaml")
@@ -100,7 +100,8 @@ def test_a_configuration_becomes_a_command(model: Path) -> None:
     )
     rollout = RolloutConfig(engine="sglang", sglang=sglang, replay_routing=True)
     settings = server_settings(ModelConfig(path=model, context_length=512, rope_base=1e6), rollout)
-    command = server_command(settings, ServerPlace(host="127.0.0.1", port=7), KEY_FILE, cuda=False)
+    command = server_command(settings, ServerPlace(host="127.0.0.1", port=7, nccl_port=8), KEY_FILE, cuda=False)
+    assert (words_after(command, "--port"), words_after(command, "--nccl-port")) == ("7", "8")
     assert command[:5] == [sys.executable, "-m", "sglang.launch_server", "--config", str(KEY_FILE)]
     assert words_after(command, "--model-path") == str(model)
     assert words_after(command, "--dtype") == "bfloat16"

@@ -1,6 +1,6 @@
 """The agent of a rollout node: it owns the node's servers, says how they are, and does what the controller orders.
 
-`python -m megatron_fipo.rollout.server_agent FOLDER` is how the controller starts one on its own node; it reads where
+`python -m megatron_fipo.rollout.servers.agent FOLDER` is how the controller starts one on its own node; it reads where
 the controller is from its input, and ends with that. `megatron-fipo serve` is one that finds the controller in a run
 directory. Either ends its servers when it ends, and ends when the controller is gone.
 """
@@ -14,7 +14,7 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from megatron_fipo.rollout.server_command import (
+from megatron_fipo.rollout.servers.command import (
     ServerPlace,
     ServerSettings,
     has_cuda,
     server_command,
     server_environment,
 )
-from megatron_fipo.rollout.server_process import ServerEndedError, ServerProcess
-from megatron_fipo.rollout.server_registry import Order, Report
+from megatron_fipo.rollout.servers.process import ServerEndedError, ServerProcess
+from megatron_fipo.rollout.servers.registry import Order, Report
 from megatron_fipo.runtime.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class ServerAgent:
         self._reports: dict[str, Report] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
+        self._ports: set[int] = set()
         self._changed = asyncio.Event()
         self._answered_at = asyncio.get_running_loop().time()
 
@@ -86,7 +87,7 @@ class ServerAgent:
         headers = {"Authorization": f"Bearer {self._controller.token}"}
         timeout = aiohttp.ClientTimeout(total=CONTROLLER_SILENT_S, sock_connect=CONTROLLER_LOST_S)
         async with aiohttp.ClientSession(self._controller.url, headers=headers, timeout=timeout) as session:
-            welcome = await self._ask(session, "/agents", {"host": self._host, "free_port": _free_port(self._host)})
+            welcome = await self._ask(session, "/agents", {"host": self._host, "free_port": self._free_port()})
             self._settings = ServerSettings(**welcome["settings"])
             self._key_file = self._folder / f"key_{welcome['key']}.yaml"
             with open(os.open(self._key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -104,7 +105,7 @@ class ServerAgent:
         while True:
             self._changed.clear()
             reports = [asdict(report) for report in self._reports.values()]
-            reply = await self._ask(session, path, {"free_port": _free_port(self._host), "reports": reports})
+            reply = await self._ask(session, path, {"free_port": self._free_port(), "reports": reports})
             if reply["end"]:
                 return
             self._follow([Order(**order) for order in reply["orders"]])
@@ -129,6 +130,9 @@ class ServerAgent:
                     raise RunError(f"the controller is gone: {error}") from error
                 await asyncio.sleep(BEAT_S / 2)
 
+    def _free_port(self) -> int:
+        return _free_ports(self._host, 1, self._ports)[0]
+
     def _follow(self, orders: Sequence[Order]) -> None:
         """Run what is ordered and nothing else."""
         names = {order.name for order in orders}
@@ -147,12 +151,22 @@ class ServerAgent:
         """One life of a server's part on this node, once those that it may replace are gone."""
         if before:
             await asyncio.wait(before)
+        ports = _free_ports(self._host, 2, self._ports)
+        # Nobody listens on them for a minute yet.
+        self._ports.update(ports)
+        try:
+            await self._run_server(order, *ports)
+        finally:
+            self._ports.difference_update(ports)
+
+    async def _run_server(self, order: Order, port: int, nccl_port: int) -> None:
         place = ServerPlace(
             host=self._host,
-            port=_free_port(self._host),
+            port=port,
             index=order.index,
             node_rank=order.node_rank,
             init_address=order.init_address,
+            nccl_port=nccl_port,
         )
         part = f".node{order.node_rank}" if self._settings.nodes_per_server > 1 else ""
         command = server_command(self._settings, place, self._key_file, self._cuda)
@@ -254,12 +268,22 @@ def _address_towards(url: str) -> str:
         return address
 
 
-def _free_port(host: str) -> int:
-    """A port that nobody listens on; at random, so that agents of several runs on a node seldom choose the same."""
+def _free_ports(host: str, count: int, taken: Collection[int]) -> list[int]:
+    """Ports that nobody listens on; at random, so that agents of several runs on a node seldom choose the same.
+
+    Args:
+        host: Address to listen on.
+        count: How many.
+        taken: Ports on which somebody will listen soon.
+    """
+    found: list[int] = []
     for port in random.sample(SERVER_PORTS, len(SERVER_PORTS)):
-        with contextlib.suppress(OSError), socket.create_server((host, port)):
-            return port
-    raise RunError(f"no port from {SERVER_PORTS[0]} to {SERVER_PORTS[-1]} of {host} is free")
+        if len(found) < count and port not in taken:
+            with contextlib.suppress(OSError), socket.create_server((host, port)):
+                found.append(port)
+    if len(found) < count:
+        raise RunError(f"no port from {SERVER_PORTS[0]} to {SERVER_PORTS[-1]} of {host} is free")
+    return found
 
 
 if __name__ == "__main__":

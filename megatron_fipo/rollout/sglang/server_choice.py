@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_fipo.rollout.engine import GenerationRequest, ServerAddress
-from megatron_fipo.rollout.generate_responses import input_token_ids, num_begun
-from megatron_fipo.rollout.server_registry import ServerLife
-from megatron_fipo.rollout.sglang_client import FOLDER_VERSION, ServerInfo, SglangServer
+from megatron_fipo.rollout.servers.registry import ServerLife
+from megatron_fipo.rollout.sglang.client import FOLDER_VERSION, ServerInfo, SglangServer
+from megatron_fipo.rollout.sglang.generate_responses import input_token_ids, num_begun
 from megatron_fipo.runtime.errors import RunError
 
 

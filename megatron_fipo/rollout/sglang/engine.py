@@ -16,12 +16,12 @@ import numpy as np
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.weight_sync import PauseMode
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, ServerAddress
-from megatron_fipo.rollout.generate_responses import ResponseError, RoutingShape, read_response, request_body
-from megatron_fipo.rollout.request_router import RequestRouter
-from megatron_fipo.rollout.server_choice import Flight, Server, Way, check_length, check_tokens, choose_server
-from megatron_fipo.rollout.server_fleet import ServerFleet, back_off_s
-from megatron_fipo.rollout.server_registry import ServerPool
-from megatron_fipo.rollout.sglang_client import ServerError, open_session
+from megatron_fipo.rollout.servers.registry import ServerPool
+from megatron_fipo.rollout.sglang.client import ServerError, open_session
+from megatron_fipo.rollout.sglang.generate_responses import ResponseError, RoutingShape, read_response, request_body
+from megatron_fipo.rollout.sglang.request_router import RequestRouter
+from megatron_fipo.rollout.sglang.server_choice import Flight, Server, Way, check_length, check_tokens, choose_server
+from megatron_fipo.rollout.sglang.server_fleet import ServerFleet, back_off_s
 from megatron_fipo.runtime.errors import RunError
 
 MAX_RESULTS_WAITING = 64

@@ -25,9 +25,9 @@ import aiohttp
 from megatron_fipo.config.base import require
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
-from megatron_fipo.rollout.server_choice import Flight, Server
-from megatron_fipo.rollout.server_process import ServerEndedError, ServerProcess
-from megatron_fipo.rollout.sglang_client import SglangServer, open_session
+from megatron_fipo.rollout.servers.process import ServerEndedError, ServerProcess
+from megatron_fipo.rollout.sglang.client import SglangServer, open_session
+from megatron_fipo.rollout.sglang.server_choice import Flight, Server
 from megatron_fipo.runtime.background import running
 from megatron_fipo.runtime.child_process import child_environment
 from megatron_fipo.runtime.errors import RunError
@@ -85,7 +85,7 @@ async def open_router(
     settings_file = folder / f"router_{secrets.token_hex(8)}.json"
     with open(os.open(settings_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         json.dump(settings, file)
-    command = [sys.executable, "-P", "-m", "megatron_fipo.rollout.router_program", str(settings_file)]
+    command = [sys.executable, "-P", "-m", "megatron_fipo.rollout.sglang.router_program", str(settings_file)]
     try:
         process = await ServerProcess.start(command, child_environment(), folder / "router.log")
         ended = asyncio.ensure_future(process.wait())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParameters
-from megatron_fipo.rollout.generate_responses import (
+from megatron_fipo.rollout.sglang.generate_responses import (
     ResponseError,
     RoutingShape,
     input_token_ids,

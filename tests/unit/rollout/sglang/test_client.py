@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from megatron_fipo.rollout.sglang_client import (
+from megatron_fipo.rollout.sglang.client import (
     ServerError,
     ServerNonsenseError,
     ServerRefusedError,

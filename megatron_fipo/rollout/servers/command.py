@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_SHIM = Path(__file__).parents[1] / "platform" / "sglang_cpu_shim"
+_SHIM = Path(__file__).parents[2] / "platform" / "sglang_cpu_shim"
 
 # SGLang's Triton, FlashInfer and CUDA graphs do not run on the CPU. The overlapped scheduler needs CUDA streams; idle
 # schedulers spin otherwise.
@@ -66,6 +66,7 @@ class ServerPlace:
         index: Which server of the node it is.
         node_rank: Which of its nodes this is.
         init_address: HOST:PORT at which the ranks of a server on several nodes meet.
+        nccl_port: Port at which ranks on one node meet; SGLang's own choice may be taken when it gets there.
     """
 
     host: str
@@ -73,6 +74,7 @@ class ServerPlace:
     index: int = 0
     node_rank: int = 0
     init_address: str | None = None
+    nccl_port: int | None = None
 
     @property
     def url(self) -> str:
@@ -92,6 +94,8 @@ def server_command(settings: ServerSettings, place: ServerPlace, key_file: Path,
     arguments = {} if cuda else dict(_ON_CPU)
     arguments |= {name: value for name, value in settings.arguments.items() if cuda or name not in _NOT_ON_CPU}
     arguments |= {"host": place.host, "port": place.port, "tp_size": settings.tensor_parallel_size}
+    if place.nccl_port is not None:
+        arguments["nccl_port"] = place.nccl_port
     if cuda:
         devices = settings.tensor_parallel_size // settings.nodes_per_server
         arguments["base_gpu_id"] = settings.first_device + place.index * devices

@@ -1,0 +1,1 @@
+"""The engine over SGLang servers: calls, answers, and which request goes where."""
