@@ -337,9 +337,11 @@ def test_a_router_that_does_not_start_is_told_and_ended(tmp_path: Path, monkeypa
             pass
 
     monkeypatch.setattr(request_router, "START_TIMEOUT_S", 0.0)
+    before = set(psutil.Process().children())
     with pytest.raises(RunError, match="rollout.sglang.use_router: the router did not answer"):
         run(start())
-    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    started = set(psutil.Process().children()) - before
+    assert not [child for child in started if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_router_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
