@@ -34,7 +34,11 @@ class Servers(Protocol):
 
     @property
     def next_change(self) -> asyncio.Event:
-        """Is set as soon as these servers, or those that it gets them from, are others than now."""
+        """Is set as soon as these servers, or those that it gets them from, are others than now; and on a failure."""
+        ...
+
+    def raise_failure(self) -> None:
+        """Raise what has made the engine fail, if anything has."""
         ...
 
 
@@ -65,7 +69,7 @@ class WeightSupply:
             The servers.
 
         Raises:
-            RunError: No server is left and none will come.
+            RunError: No server is left and none will come, or the engine has failed.
         """
         if not self._is_paused:
             await self._lock.acquire()
@@ -107,7 +111,7 @@ class WeightSupply:
         while not known or (coming and self._policy_version < 0):
             await self._pool.wait_for_change(known, coming)
             known, coming = list(self._pool.lives), self._pool.num_coming
-        change = self._engine.next_change
         while len(self._engine.servers) < len(self._pool.lives):
-            await change.wait()
-            change = self._engine.next_change
+            # A server that the engine refuses never becomes one of its own.
+            self._engine.raise_failure()
+            await self._engine.next_change.wait()

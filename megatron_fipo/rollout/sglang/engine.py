@@ -100,8 +100,13 @@ class SglangEngine:
 
     @property
     def next_change(self) -> asyncio.Event:
-        """Is set as soon as `servers`, or those of the pool, are others than now."""
+        """Is set as soon as `servers`, or those of the pool, are others than now; and when the engine fails."""
         return self._fleet.next_change
+
+    def raise_failure(self) -> None:
+        """Raise what has made the engine fail, if anything has."""
+        if self._failure is not None:
+            raise self._failure
 
     async def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue requests and return.
@@ -110,7 +115,7 @@ class SglangEngine:
             RunError: A request would harm a server, or the engine has failed.
             ValueError: A request of that name is in flight.
         """
-        self._raise_failure()
+        self.raise_failure()
         for request in requests:
             check_tokens(request, self._vocabulary_size)
             if request.request_id in self._flights:
@@ -128,7 +133,7 @@ class SglangEngine:
             RunError: No server is left, or a request failed as often as it may.
         """
         while True:
-            self._raise_failure()
+            self.raise_failure()
             if self._results:
                 result, has_slot = self._results.popleft()
                 if has_slot:
@@ -158,7 +163,7 @@ class SglangEngine:
         With "abort", running requests end as by `abort`; with the others they go on after `resume`. What was not sent
         waits for `resume`.
         """
-        self._raise_failure()
+        self.raise_failure()
         await self._fleet.pause(mode)
 
     async def resume(self, policy_version: int, failed: Collection[str]) -> None:
@@ -173,9 +178,9 @@ class SglangEngine:
         Raises:
             RunError: No server is left.
         """
-        self._raise_failure()
+        self.raise_failure()
         await self._fleet.resume(policy_version, failed)
-        self._raise_failure()
+        self.raise_failure()
 
     # Requests.
 
@@ -396,7 +401,3 @@ class SglangEngine:
         self._failure = self._failure or error
         self._news.set()
         self._fleet.halt()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure

@@ -26,6 +26,7 @@ class Fleet:
         self.pushed: list[list[str]] = []
         self.refuses = False
         self.hopeless = False
+        self.failure: Exception | None = None
         self.changed = asyncio.Event()
         self.next_change = asyncio.Event()
 
@@ -42,6 +43,10 @@ class Fleet:
     def tell(self) -> None:
         self.next_change.set()
         self.next_change = asyncio.Event()
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
     async def wait_for_change(self, known: Sequence[ServerLife], known_coming: int) -> None:
         while list(known) == self.lives and known_coming == self.num_coming:
@@ -123,6 +128,26 @@ def test_a_pause_ends_with_an_error_where_no_server_will_come() -> None:
         fleet.hopeless = True
         with pytest.raises(RunError, match="no server is left"):
             await fleet.supply().pause()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("failed_before", [True, False])
+def test_a_pause_ends_with_the_error_of_an_engine_that_refuses_a_server(failed_before: bool) -> None:
+    async def scenario() -> None:
+        fleet = Fleet()
+        fleet.unmet = 1
+
+        def fail() -> None:
+            fleet.failure = RunError("the server lacks a flag")
+            fleet.tell()
+
+        if failed_before:
+            fail()
+        else:
+            asyncio.get_running_loop().call_soon(fail)
+        with pytest.raises(RunError, match="the server lacks a flag"):
+            await asyncio.wait_for(fleet.supply().pause(), 10)
 
     asyncio.run(scenario())
 
