@@ -112,21 +112,27 @@ class ControllerService:
 
     async def _answer(self, number: int, action: Action, arguments: Mapping[str, Any]) -> None:
         try:
-            answer = await action(**arguments)
+            self._give(number, await action(**arguments))
         except (ConfigError, RunError) as error:
             self._send({"answer": number, "error": describe(error)})
         except Exception as error:
             logger.exception("the controller failed")
             problem = f"the rollout controller failed, see above: {type(error).__name__}: {error}"
             self._send({"answer": number, "error": (RunError.__name__, [problem])})
-        else:
-            layout = None
-            if answer.arrays:
-                descriptor, layout = share_arrays(answer.arrays)
-                # Before the message, so that rank 0 finds it.
-                socket.send_fds(self._files, [b"\0"], [descriptor])
-                os.close(descriptor)
-            self._send({"answer": number, "value": answer.value, "layout": layout})
+
+    def _give(self, number: int, answer: Answer) -> None:
+        """Send an answer whole, or raise and have sent nothing."""
+        if not answer.arrays:
+            self._send({"answer": number, "value": answer.value, "layout": None})
+            return
+        descriptor, layout = share_arrays(answer.arrays)
+        try:
+            message = encode_message({"answer": number, "value": answer.value, "layout": layout})
+            # Before the message, so that rank 0 finds it.
+            socket.send_fds(self._files, [b"\0"], [descriptor])
+        finally:
+            os.close(descriptor)
+        self._writer.write(message)
 
     def _send(self, message: Any) -> None:
         self._writer.write(encode_message(message))
