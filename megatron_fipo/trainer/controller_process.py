@@ -17,7 +17,7 @@ from megatron_fipo.config.load import config_from_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.rollout.servers.arguments import check_server_arguments
-from megatron_fipo.rollout.servers.pool import open_pool
+from megatron_fipo.rollout.servers.pool import TrainerRanks, open_pool
 from megatron_fipo.rollout.sglang.engine import SglangEngine
 from megatron_fipo.rollout.sglang.generate_responses import RoutingShape
 from megatron_fipo.rollout.sglang.request_router import check_router, open_router
@@ -72,11 +72,12 @@ class ControllerActions:
         self._generation = prepare_generation(run, vocab_size, positions, self._resources.enter_context(ExitStack()))
         return Answer()
 
-    async def start_servers(self) -> Answer:
+    async def start_servers(self, ranks: dict[str, int]) -> Answer:
         """Have servers started, which become ready while the trainer does other things."""
         run = self._generation.config
         folder = RunDirectory(run.output_dir).servers
-        self._pool = await self._resources.enter_async_context(open_pool(run.model, run.rollout, folder))
+        opened = open_pool(run.model, run.rollout, folder, TrainerRanks(**ranks))
+        self._pool = await self._resources.enter_async_context(opened)
         return Answer()
 
     async def start_engine(self, routing: dict[str, Any] | None) -> Answer:

@@ -1,7 +1,9 @@
 """Builds what generates: checks its inputs and starts servers before the model is built, and joins it to the model."""
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rollout.embedded import EmbeddedEngine
+from megatron_fipo.rollout.servers.pool import TrainerRanks
 from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
@@ -85,16 +88,19 @@ def _prepare_served(config: RunConfig, bridge: HfBridge, progress: Progress, res
     calls.ask("prepare", inputs)
     tokenizer = on_every_rank(lambda: load_tokenizer(config.model.path, bridge.vocab_size))
 
+    def start_servers() -> None:
+        calls.ask("start_servers", {"ranks": asdict(TrainerRanks.of_launcher(os.environ))})
+
     def start() -> MakeRollouts:
         if not config.rollout.colocated:
-            calls.ask("start_servers", {})
+            start_servers()
         return make
 
     def make(actor: Actor, context: ParallelContext) -> RolloutSide:
         colocation = _build_colocation(actor) if config.rollout.colocated else None
         if colocation is not None:
             colocation.vacate()
-            calls.ask("start_servers", {})
+            start_servers()
         routing = _routing_shape(actor.forward.provider) if config.rollout.replay_routing else None
         told, _ = calls.ask("start_engine", {"routing": routing})
         server_calls = ServerCalls(broadcast_json(told, 0)["api_key"])

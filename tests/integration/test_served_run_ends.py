@@ -4,6 +4,7 @@ A stand-in takes SGLang's place here; it never generates.
 """
 
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,13 +69,25 @@ def run_refused(root: Path, name: str) -> End:
     return end
 
 
+def on_gpus(root: Path) -> dict[str, str]:
+    """What makes the agent find GPUs on a node with two of the trainer's ranks; it starts servers as for real ones."""
+    return {"LD_LIBRARY_PATH": str(root), "LOCAL_WORLD_SIZE": "2"}
+
+
+def write_driver(folder: Path) -> None:
+    """A library in the place of the GPU's driver, which counts eight GPUs."""
+    source = "int cuInit(unsigned flags) { return 0; } int cuDeviceGetCount(int *count) { *count = 8; return 0; }"
+    compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(folder / "libcuda.so.1")]
+    subprocess.run(compiler, input=source.encode(), check=True)
+
+
 def run_all(root: Path) -> dict[str, End]:
     quiet_upstream()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")])
     absent = {"data": prompts(root, train="absent")}
     runs: dict[str, Callable[[str], End]] = {
         "bad_data": lambda name: run_one(root, name, {}, absent),
-        "dead_servers": lambda name: run_one(root, name, {"STAND_IN_FAILS": "1"}, {}),
+        "dead_servers": lambda name: run_one(root, name, {"STAND_IN_FAILS": "1", **on_gpus(root)}, {}),
         "refused_model": lambda name: run_refused(root, name),
         "dead_controller": lambda name: run_one(root, name, {"STAND_IN_DELAY_S": "600"}, {}, kill_controller),
     }
@@ -83,7 +96,9 @@ def run_all(root: Path) -> dict[str, End]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_inputs(tmp_path_factory.mktemp("ends"))
+    folder = write_inputs(tmp_path_factory.mktemp("ends"))
+    write_driver(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +110,7 @@ def ends(root: Path) -> list[dict[str, End]]:
     ("name", "kind", "texts"),
     [
         ("bad_data", "ConfigError", ["data.train.path = ", "must be a readable file"]),
-        ("dead_servers", "RunError", ["no SGLang server is left"]),
+        ("dead_servers", "RunError", ["no SGLang server is left", "no memory on GPU 2"]),
         ("refused_model", "ConfigError", ["model.path = ", "is refused; choose another"]),
         ("dead_controller", "ControllerEndedError", ["the rollout controller", "was killed by signal 9"]),
     ],

@@ -7,8 +7,9 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -35,14 +36,44 @@ AGENT_END_S = 5.0
 _AGENT_PAUSE_S = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerRanks:
+    """Ranks of the trainer, as counted from the controller's node.
+
+    Attributes:
+        here: How many are on that node, each with a GPU.
+        elsewhere: How many are on other nodes.
+    """
+
+    here: int
+    elsewhere: int
+
+    @classmethod
+    def of_launcher(cls, environment: Mapping[str, str]) -> "TrainerRanks":
+        """What a launcher has told rank 0, which is on the controller's node.
+
+        Args:
+            environment: Rank 0's environment; the controller's own has nothing of this.
+        """
+        total = int(environment.get("WORLD_SIZE", "1"))
+        here = int(environment.get("LOCAL_WORLD_SIZE", str(total)))
+        return cls(here=here, elsewhere=total - here)
+
+
+NO_RANKS = TrainerRanks(here=0, elsewhere=0)
+
+
 @asynccontextmanager
-async def open_pool(model: ModelConfig, rollout: RolloutConfig, folder: Path) -> AsyncIterator[ServerPool]:
+async def open_pool(
+    model: ModelConfig, rollout: RolloutConfig, folder: Path, ranks: TrainerRanks = NO_RANKS
+) -> AsyncIterator[ServerPool]:
     """Attach to servers, or have them started, and end those at last; they need not be ready yet inside the block.
 
     Args:
         model: The model.
         rollout: Generation.
         folder: Where the controller's address and the servers' logs go: `RunDirectory.servers`.
+        ranks: Ranks of the trainer; servers on their node take GPUs behind theirs.
 
     Raises:
         ConfigError: The key file cannot be read.
@@ -51,8 +82,7 @@ async def open_pool(model: ModelConfig, rollout: RolloutConfig, folder: Path) ->
     if rollout.sglang.urls:
         yield await AttachedServers.open(rollout.sglang)
         return
-    local_ranks = 0 if rollout.sglang.num_agents else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    settings = server_settings(model, rollout, local_ranks)
+    settings = server_settings(model, rollout, 0 if rollout.sglang.num_agents else ranks.here)
     async with _started(settings, rollout.sglang, folder) as registry:
         yield registry
 

@@ -1,8 +1,9 @@
 """Servers that generate with a model folder's own weights, which rank 0 drives while the other ranks wait."""
 
 import asyncio
+import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -13,7 +14,7 @@ from megatron_fipo.conversion.hf_folder import read_model_config
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.engine import RolloutEngine, ServerAddress
-from megatron_fipo.rollout.servers.pool import open_pool
+from megatron_fipo.rollout.servers.pool import TrainerRanks, open_pool
 from megatron_fipo.rollout.sglang.client import ServerError, SglangServer, open_session
 from megatron_fipo.rollout.sglang.engine import SglangEngine
 from megatron_fipo.rollout.sglang.request_router import open_router
@@ -76,9 +77,11 @@ class ServedEvaluation:
         config = self.config
         folder = RunDirectory(config.output_dir).servers
         vocab_size = int(read_model_config(config.model.path)["vocab_size"])
+        # Only this rank speaks to servers.
+        ranks = replace(TrainerRanks.of_launcher(os.environ), elsewhere=0)
         async with (
             running(_tell_others()),
-            open_pool(config.model, config.rollout, folder) as pool,
+            open_pool(config.model, config.rollout, folder, ranks) as pool,
             open_router(config.rollout, pool.api_key, folder) as router,
             SglangEngine(pool, config.rollout, vocab_size, router=router) as engine,
             open_session(pool.api_key, max_requests=1) as session,

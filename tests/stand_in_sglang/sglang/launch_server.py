@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--tp-size", type=int, default=1)
+    parser.add_argument("--base-gpu-id", type=int)
     arguments, _ = parser.parse_known_args()
     key = json.loads(arguments.config.read_text())["api-key"] if arguments.config else None
 
@@ -36,7 +37,7 @@ def main() -> None:
 
     print("the stand-in starts", flush=True)
     if "STAND_IN_FAILS" in os.environ:
-        sys.exit("no memory")
+        sys.exit(f"no memory on GPU {arguments.base_gpu_id}")
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     time.sleep(float(os.environ.get("STAND_IN_DELAY_S", "0")))
     http.server.ThreadingHTTPServer((arguments.host, arguments.port), Handler).serve_forever()
