@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ megatron-fipo inspect RUN [--step N] [--sample I]
 
 # What a command meets first where the package was installed for its losses alone.
 _IN_EXTRAS = frozenset({"aiohttp", "numpy", "psutil", "pydantic", "rich", "tyro", "yaml"})
+# More than what one rank may wait for servers while the others are in a collective.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _INSTALL = "pip install 'megatron-fipo[train]', or [launch] to check configurations; docs/install.md has the rest"
 
 
@@ -204,7 +207,7 @@ def _process_group() -> Iterator[None]:
         torch.cuda.set_device(compute_device())
     with tempfile.TemporaryDirectory(prefix="megatron_fipo_") as folder:
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(collective_backend())
+            dist.init_process_group(collective_backend(), timeout=_COLLECTIVE_TIMEOUT)
         else:
             method = f"file://{folder}/store"
             dist.init_process_group(collective_backend(), init_method=method, rank=0, world_size=1)

@@ -68,5 +68,12 @@ class EvaluateConfig:
             rule="must be at least 1",
             way_out="1024 is a good value",
         )
+        require(
+            not self.rollout.sglang.urls,
+            field="rollout.sglang.urls",
+            value=self.rollout.sglang.urls,
+            rule="must be empty: nobody knows whether servers that run already have the weights of model.path",
+            way_out="leave it away; servers are then started from model.path",
+        )
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
         self.model.check_context_length(longest)

@@ -115,6 +115,13 @@ class RunConfig:
             rule='must be "abort" with rollout.colocated: servers give back the cache that running requests need',
             way_out='leave it at "auto"',
         )
+        require(
+            not self.rollout.colocated or self.weight_sync.transport != "distributed",
+            field="weight_sync.transport",
+            value=self.weight_sync.transport,
+            rule='must not be "distributed" with rollout.colocated: NCCL takes no two ranks on one GPU',
+            way_out='leave it at "auto"',
+        )
         if not recorded:
             self.reward.check_response_limit(self.rollout.max_response_tokens)
         if self.data is None:

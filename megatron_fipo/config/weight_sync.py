@@ -30,7 +30,7 @@ class WeightSyncConfig:
     "auto" is "abort" with rollout.partial_rollouts or rollout.colocated, else "retract"."""
 
     timeout_s: float = 300.0
-    """How long a server may take for one bucket, in seconds; then it is restarted."""
+    """How long a server may take for one bucket, with "disk" for the whole model, in seconds; then it is restarted."""
 
     verify: bool = True
     """After every sync, ask each server for the log-probabilities of a fixed response and compare with the actor's."""
@@ -51,10 +51,10 @@ class WeightSyncConfig:
             way_out="512 is a good value",
         )
         require(
-            0 < self.timeout_s < math.inf,
+            0 < self.timeout_s <= 1200,
             field="timeout_s",
             value=self.timeout_s,
-            rule="must be finite and greater than 0",
+            rule="must lie in (0, 1200]: ranks wait that long in a collective, whose own limit is 30 minutes",
             way_out="give seconds",
         )
         require(

@@ -18,7 +18,7 @@ from megatron_fipo.rollout.batch import batch_path, build_train_batch, routing_p
 from megatron_fipo.rollout.batch_recipe import BatchRecipe, CollectedGroups
 from megatron_fipo.rollout.dispatch import Dispatcher
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters, ServedEngine
-from megatron_fipo.rollout.journal import JournalEntry, journal_path, write_journal
+from megatron_fipo.rollout.journal import JournalEntry, forget_journal, journal_path, write_journal
 from megatron_fipo.rollout.ledger import Ledger
 from megatron_fipo.rollout.sample_records import sample_records
 from megatron_fipo.rollout.samples import Decode, SampleMaker
@@ -132,6 +132,7 @@ class RolloutController:
                 open_prompts=collected.open_prompts,
             )
             await asyncio.to_thread(write_journal, entry, journal_path(self.recipe.journal, step))
+            await asyncio.to_thread(forget_journal, self.recipe.journal, step, self.config.journal_steps)
             metrics["perf/journal_s"] = time.perf_counter() - started
         return await asyncio.to_thread(self._assemble, step, collected.groups, metrics)
 

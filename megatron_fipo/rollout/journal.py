@@ -65,6 +65,16 @@ def write_journal(entry: JournalEntry, path: Path) -> None:
         np.savez(file, allow_pickle=False, **_arrays(entry))
 
 
+def forget_journal(folder: Path, newest: int, keep: int) -> None:
+    """Remove the batches of all steps but the `keep` up to `newest`; 0 keeps all."""
+    for step in range(newest - keep, 0, -1) if keep else ():
+        path = journal_path(folder, step)
+        if not path.exists():
+            # Those before it went in earlier steps.
+            return
+        path.unlink()
+
+
 def read_journal(path: Path) -> JournalEntry:
     """Read a batch.
 
@@ -121,7 +131,7 @@ def _arrays(entry: JournalEntry) -> dict[str, npt.NDArray[Any]]:
     }
     # By far the largest: not copied into one.
     experts = {_experts_name(place): sample.routed_experts for place, sample in enumerate(samples)}
-    return arrays | {name: each for name, each in experts.items() if each is not None}
+    return arrays | {name: _narrow(each) for name, each in experts.items() if each is not None}
 
 
 def _entry(arrays: Mapping[str, npt.NDArray[Any]]) -> JournalEntry:
@@ -182,12 +192,13 @@ def _samples(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]
     log_probs = _cut(arrays["rollout_log_probs"], lengths)
     versions = _cut(arrays["policy_versions"], lengths[is_versioned])
     for place in range(len(lengths)):
+        experts = arrays.get(_experts_name(place))
         yield {
             "response_token_ids": next(responses),
             "rollout_log_probs": next(log_probs),
             "policy_version": int(arrays["policy_version"][place]),
             "policy_versions": next(versions) if is_versioned[place] else None,
-            "routed_experts": arrays.get(_experts_name(place)),
+            "routed_experts": None if experts is None else experts.astype(np.int16),
             "reward": float(arrays["rewards"][place]),
             "score": float(arrays["scores"][place]),
         }
@@ -195,6 +206,11 @@ def _samples(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]
 
 def _sample(prompt: Prompt, described: Mapping[str, Any], values: Mapping[str, Any]) -> Sample:
     return Sample(prompt_id=prompt.id, **described, **values)
+
+
+def _narrow(experts: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Numbers of experts, in one byte each where that is enough."""
+    return experts.astype(np.uint8) if experts.size and experts.max() <= np.iinfo(np.uint8).max else experts
 
 
 def _experts_name(place: int) -> str:

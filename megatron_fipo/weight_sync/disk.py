@@ -1,6 +1,7 @@
 """Weights through a file system that trainer and servers share."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,12 +21,15 @@ from megatron_fipo.weight_sync.base import PushReport, buckets
 from megatron_fipo.weight_sync.server_calls import ServerCalls
 from megatron_fipo.weight_sync.update import WeightUpdate, on_rank
 
+logger = logging.getLogger(__name__)
+
 
 class DiskTransport:
     """Writes each version as a model folder, which the servers then read.
 
     The senders of all pipeline stages write at once, each its own files, into `version_N.partial`, which is renamed to
-    `version_N` when it is whole. The version before is removed once a server has the new one.
+    `version_N` when it is whole. The version before is removed once a server has the new one; what others have put into
+    the folder stays.
 
     No update session surrounds the reading: SGLang makes weights ready as soon as it has read them, and the end of a
     session would do that once more. Only the beginning of a session unpacks what a quantised method has packed, so
@@ -51,6 +55,7 @@ class DiskTransport:
     ) -> None:
         self.context = context
         self.folder, self.config, self.calls = folder.absolute(), config, calls
+        self._written: set[Path] = set()
         self._export = bridge.stage_export(model, context)
         self._model_config = bridge.export_config(next(model[0].parameters()).dtype)
 
@@ -66,8 +71,17 @@ class DiskTransport:
         update.ask_all(lambda server: server.update_weights_from_disk(str(target), self.config.timeout_s))
         update.publish(policy_version)
         if update.alive:
-            self._on_main(lambda: _remove_others(target))
+            on_rank(0, lambda: self._remove_others(target))
         return PushReport(num_bytes=num_bytes, failed=update.failed)
+
+    def _remove_others(self, newest: Path) -> None:
+        """Remove the versions that this transport wrote before."""
+        for other in self._written - {newest}:
+            try:
+                shutil.rmtree(other)
+            except OSError as error:
+                logger.warning("weights that no server needs any more stay at %s: %s", other, error)
+        self._written = {newest}
 
     def _write(self, target: Path) -> int:
         """Write the folder; its size in bytes, on every rank."""
@@ -84,6 +98,7 @@ class DiskTransport:
             if target.exists():
                 shutil.rmtree(target)
             partial.rename(target)
+            self._written.add(target)
 
         self._on_main(commit)
         return num_bytes
@@ -134,12 +149,6 @@ def _make_empty(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-
-
-def _remove_others(newest: Path) -> None:
-    for other in newest.parent.glob("version_*"):
-        if other != newest:
-            shutil.rmtree(other)
 
 
 def _write_json(path: Path, value: Any) -> None:

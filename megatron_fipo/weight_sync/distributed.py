@@ -54,7 +54,7 @@ class DistributedTransport:
         update.begin()
         num_bytes = 0
         while update.alive:
-            lost, num_bytes = self._transfer(update.alive)
+            lost, num_bytes = self._transfer(update.alive, update.failed)
             if not lost:
                 break
             update.fail(lost)
@@ -68,11 +68,11 @@ class DistributedTransport:
             self._group.leave(reachable=())
             self._group = None
 
-    def _transfer(self, servers: list[ServerAddress]) -> tuple[dict[str, str], int]:
+    def _transfer(self, servers: list[ServerAddress], failed: Mapping[str, str]) -> tuple[dict[str, str], int]:
         """Send everything once: the servers that failed, with reasons, and the bytes sent. The same on every rank."""
         for stage, sender in enumerate(self._senders):
             is_its_turn = self._export.is_sender and self.context.pp_rank == stage
-            lost = self._regroup(servers) if is_its_turn else {}
+            lost = self._regroup(servers, failed) if is_its_turn else {}
             if lost := broadcast_json(lost, src=sender):
                 return lost, 0
         total = 0
@@ -84,13 +84,13 @@ class DistributedTransport:
             total += num_bytes
         return {}, total
 
-    def _regroup(self, servers: list[ServerAddress]) -> dict[str, str]:
-        """Make this rank's group one of just these servers."""
+    def _regroup(self, servers: list[ServerAddress], failed: Mapping[str, str]) -> dict[str, str]:
+        """Make this rank's group one of just these servers; those of the one before leave that, unless they failed."""
         names = [server.name for server in servers]
         if self._group is not None and self._group.names == names:
             return {}
         if self._group is not None:
-            self._group.leave(reachable=names)
+            self._group.leave(reachable=[name for name in self._group.names if name not in failed])
             self._group = None
         try:
             self._group = SenderGroup(servers, self.calls, self.config.timeout_s)

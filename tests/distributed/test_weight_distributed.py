@@ -98,6 +98,16 @@ def test_a_server_that_fails_is_left_out(root, fault, at):
     assert len(told["groups"]) == 2, "the group with the other server is left"
 
 
+def test_servers_that_stay_keep_no_group_of_earlier_pushes(root):
+    with stand_ins({}, {}) as servers:
+        addresses = [server.address for server in servers]
+        # As after a restart of the second one.
+        run_distributed(push, 1, root / "qwen2", {}, [addresses, addresses[1:], addresses])
+        told = [server.told() for server in servers]
+    assert [len(each["groups"]) for each in told] == [1, 1]
+    assert [each["version"] for each in told] == ["9", "9"]
+
+
 def test_a_frozen_server_is_found_before_anything_is_sent(root):
     with stand_ins({}, {}) as servers:
         servers[1].stop()

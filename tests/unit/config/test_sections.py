@@ -227,6 +227,15 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     ),
     (
         run_config,
+        {
+            "rollout": RolloutConfig(engine="sglang", colocated=True),
+            "weight_sync": WeightSyncConfig(transport="distributed"),
+        },
+        'weight_sync.transport = distributed: must not be "distributed" with rollout.colocated: NCCL takes no two '
+        'ranks on one GPU; leave it at "auto"',
+    ),
+    (
+        run_config,
         {"recorded_rollouts": Path("r")},
         'recorded_rollouts = r: must be given with mode = "train_only" and only then (mode is "train"); '
         "name the folder that a rollout_only run wrote, or set mode",
@@ -333,6 +342,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         (RolloutConfig, {"top_p": value}, f"top_p = {value}: must lie in (0, 1]; 1.0 is the usual value")
         for value in (0.0, 1.1, math.nan)
     ),
+    (RolloutConfig, {"journal_steps": -1}, "journal_steps = -1: must not be negative; 0 keeps all"),
     (RolloutConfig, {"policy_lag": -1}, "policy_lag = -1: must not be negative; 0 is synchronous"),
     (
         RolloutConfig,
@@ -420,7 +430,15 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         {"nodes_per_server": 2, "num_agents": 2, "tensor_parallel_size": 3},
         "tensor_parallel_size = 3: must be a multiple of nodes_per_server = 2; spread the ranks evenly",
     ),
-    (WeightSyncConfig, {"timeout_s": 0.0}, "timeout_s = 0.0: must be finite and greater than 0; give seconds"),
+    *(
+        (
+            WeightSyncConfig,
+            {"timeout_s": value},
+            f"timeout_s = {value}: must lie in (0, 1200]: ranks wait that long in a collective, whose own limit is 30 "
+            "minutes; give seconds",
+        )
+        for value in (0.0, 1201.0, math.nan)
+    ),
     (
         WeightSyncConfig,
         {"canary_tolerance": math.nan},
@@ -618,6 +636,12 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         "top_p = 1.5: must lie in (0, 1]; leave it out for the training's",
     ),
     (EvaluationConfig, {"confidence": 1.0}, "confidence = 1.0: must lie in (0, 1); 0.95 is the usual value"),
+    (
+        evaluate_config,
+        {"rollout": RolloutConfig(engine="sglang", sglang=SglangConfig(urls=("http://h:1",)), max_response_tokens=256)},
+        "rollout.sglang.urls = ('http://h:1',): must be empty: nobody knows whether servers that run already have the "
+        "weights of model.path; leave it away; servers are then started from model.path",
+    ),
     (
         evaluate_config,
         {"chunk_sequences": 0},

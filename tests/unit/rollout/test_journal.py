@@ -6,7 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_fipo.rollout.journal import JournalEntry, JournalError, journal_path, read_journal, write_journal
+from megatron_fipo.rollout.journal import (
+    JournalEntry,
+    JournalError,
+    forget_journal,
+    journal_path,
+    read_journal,
+    write_journal,
+)
 from megatron_fipo.rollout.ledger import OpenPrompt, Settled
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
 from tests.simulated_rollouts import Simulation
@@ -71,6 +78,26 @@ def test_a_batch_comes_back_as_it_was(entry: JournalEntry, tmp_path: Path) -> No
     write_journal(entry, path)
     assert [each.name for each in path.parent.iterdir()] == ["step_000012.npz"]
     assert plain(read_journal(path)) == plain(entry)
+
+
+def test_experts_take_a_byte_each_where_that_is_enough(entry: JournalEntry, tmp_path: Path) -> None:
+    experts = entry.groups[0].samples[1].routed_experts
+    assert experts is not None
+    for largest, size in ((255, 1), (256, 2)):
+        experts[-1, -1, -1] = largest
+        path = journal_path(tmp_path, largest)
+        write_journal(entry, path)
+        with np.load(path) as file:
+            assert file["routed_experts_000001"].itemsize == size
+        assert plain(read_journal(path)) == plain(entry)
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4, 5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_old_batches_are_forgotten(tmp_path: Path, keep: int, left: list[int]) -> None:
+    for step in range(1, 6):
+        journal_path(tmp_path, step).touch()
+    forget_journal(tmp_path, 5, keep)
+    assert sorted(tmp_path.iterdir()) == [journal_path(tmp_path, step) for step in left]
 
 
 def test_a_damaged_file_is_named(entry: JournalEntry, tmp_path: Path) -> None:
