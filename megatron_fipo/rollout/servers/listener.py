@@ -7,6 +7,7 @@ how either side knows that the other one lives; `DELETE /agents/KEY` is an agent
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from megatron_fipo.config.base import require
 from megatron_fipo.rollout.servers.registry import Report, ServerRegistry
 
 AGENT_LOST_S = 15.0
@@ -110,8 +112,32 @@ def job_address(environment: Mapping[str, str]) -> str:
 
     Args:
         environment: The process's environment.
+
+    Raises:
+        ConfigError: Other nodes cannot reach this one there. A loopback address that SLURMD_NODENAME itself gives is
+            taken: all nodes are on one machine then.
     """
-    return socket.gethostbyname(environment.get("SLURMD_NODENAME") or socket.gethostname())
+    given = environment.get("SLURMD_NODENAME")
+    name = given or socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address = ""
+    require(
+        bool(address) and (not is_loopback(address) or (given is not None and is_loopback(given))),
+        field="SLURMD_NODENAME" if given else "this host's name",
+        value=name,
+        rule=f"must lead other nodes here, and it stands for {address or 'no address'}",
+        way_out="set SLURMD_NODENAME, in the training job's environment, to this node's address in the job's network",
+    )
+    return address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is written as one that every node finds in itself."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def write_controller_file(path: Path, url: str, token: str) -> None:

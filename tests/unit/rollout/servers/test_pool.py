@@ -262,6 +262,22 @@ def test_agents_of_other_nodes_come_and_go(model: ModelConfig, tmp_path: Path, m
     asyncio.run(scenario())
 
 
+def test_agents_of_other_nodes_are_not_given_an_address_that_leads_to_themselves(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the /etc/hosts of some distributions has it."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1" if name == "node7" else name)
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+
+    async def scenario(**sglang: Any) -> None:
+        async with open_pool(model, rollout(**sglang), tmp_path / "servers"):
+            pass
+
+    with pytest.raises(ConfigError, match=r"SLURMD_NODENAME = node7: must lead other nodes here.*127\.0\.1\.1; set"):
+        asyncio.run(scenario(num_agents=1))
+    assert listener.job_address({"SLURMD_NODENAME": "10.1.0.7"}) == "10.1.0.7"
+
+
 async def status_of_registration(url: str, token: str) -> int:
     headers = {"Authorization": f"Bearer {token}"}
     async with aiohttp.ClientSession(headers=headers) as session, session.post(f"{url}/agents", json={}) as reply:
