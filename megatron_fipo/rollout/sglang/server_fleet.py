@@ -238,8 +238,10 @@ class ServerFleet:
         )
         del self._servers[server.life.name]
         self._tell_change()
-        # One that is restarted ends, and the router answers what it had there.
-        self._move(server, f"{server.life.name}: {reason}", with_routed=not server.life.may_restart)
+        # One that is restarted ends, and the router answers what it had there. But what a server answers while weights
+        # change may be of weights that are never verified, and a routed answer does not tell whose it is.
+        with_routed = not server.life.may_restart or not self.is_running.is_set()
+        self._move(server, f"{server.life.name}: {reason}", with_routed)
 
     def _retire(self, server: Server, reason: str) -> None:
         """Take a server out of service until it has been given weights."""

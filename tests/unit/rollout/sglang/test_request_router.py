@@ -191,6 +191,31 @@ def test_new_weights_amid_requests(tmp_path: Path, mode: Any) -> None:
     run(generate())
 
 
+def test_answers_of_weights_that_fail_their_verification_are_thrown_away(tmp_path: Path) -> None:
+    async def generate() -> None:
+        async with routed(tmp_path) as (engine, _, stubs, pool):
+            hold(stubs)
+            requests = make_requests(6)
+            await engine.submit(requests)
+            await wait_for_running(stubs, 12)
+            await engine.pause("retract")
+            for stub in stubs:
+                stub.set_version(1)
+            unverified = [payload["input_ids"] for payload in stubs[0].requests]
+            results = asyncio.ensure_future(take(engine, requests))
+            # The server goes on so that its weights can be verified, and answers before they turn out wrong.
+            stubs[0].release()
+            done, _ = await asyncio.wait([results], timeout=0.2)
+            assert not done and not stubs[0].running
+            await engine.resume(1, ["server0.life0"])
+            stubs[1].release()
+            await results
+            served = [payload["input_ids"] for payload in stubs[1].requests]
+            assert unverified and all(ids in served for ids in unverified)
+
+    run(generate())
+
+
 def test_a_server_that_ends_amid_requests_costs_none(tmp_path: Path) -> None:
     async def generate() -> None:
         async with routed(tmp_path) as (engine, router, stubs, pool):
