@@ -205,7 +205,9 @@ class SglangEngine:
                     # It was aborted while it waited.
                     self._waiting.popleft()
                 elif (way := self._way_for(flight)) is None:
-                    await self._wait_for_server()
+                    # There is no deadline: the pool knows how long a server may take to come, probes end one that
+                    # hangs, and one without weights has them once the trainer is done with what it does.
+                    break
                 else:
                     self._send(self._waiting.popleft(), way)
             await self._work.wait()
@@ -220,34 +222,6 @@ class SglangEngine:
             return self._router
         home = self._homes.get(flight.request.prompt_id)
         return choose_server(serving, home, flight.tried, self._config.group_size)
-
-    async def _wait_for_server(self) -> None:
-        """Return when there may be a server, or nothing to send.
-
-        Raises:
-            RunError: There are servers, and none has been able to serve in time.
-        """
-        clock, patience_s = asyncio.get_running_loop().time, self._config.sglang.start_timeout_s
-        # The pool knows how long a server that comes may take, and how often one may be started.
-        was_coming, deadline = True, 0.0
-        while self._may_send() and self._way_for(self._waiting[0]) is None:
-            if was_coming:
-                deadline = clock() + patience_s
-            was_coming = self._fleet.num_coming > 0
-            self._work.clear()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self._work.wait()
-            except TimeoutError:
-                if not was_coming:
-                    raise self._no_server_error(patience_s) from None
-
-    def _no_server_error(self, patience_s: float) -> RunError:
-        states = ", ".join(f"{each.url} has policy version {each.policy_version}" for each in self.servers)
-        return RunError(
-            f"no server could serve for {patience_s:g} s (rollout.sglang.start_timeout_s), and "
-            f"{len(self._waiting)} requests wait: {states or 'there is none'}; their logs tell more"
-        )
 
     def _send(self, flight: Flight, way: Way) -> None:
         check_length(flight.request, way.servers)

@@ -100,11 +100,6 @@ class ServerFleet:
         version = self.policy_version
         return [server for server in self._servers.values() if server.policy_version == version != FOLDER_VERSION]
 
-    @property
-    def num_coming(self) -> int:
-        """Servers that are being started."""
-        return self._pool.num_coming
-
     def has(self, server: Server) -> bool:
         """Whether a server is still there."""
         return self._servers.get(server.life.name) is server

@@ -330,27 +330,38 @@ def test_without_any_server_the_run_stops_with_the_pools_reason() -> None:
     run(generate())
 
 
-def test_servers_that_never_get_weights_are_waited_for_so_long() -> None:
+def test_requests_wait_for_weights_as_long_as_the_trainer_takes() -> None:
     async def generate() -> None:
-        async with running(1, version=None, start_timeout_s=0.1) as (engine, stubs, pool):
-            await engine.submit(make_requests(1))
-            with pytest.raises(RunError, match="rollout.sglang.start_timeout_s.*policy version -1"):
-                await take(engine, [])
+        async with running(1, start_timeout_s=0.1) as (engine, stubs, pool):
+            stubs[0].is_held = True
+            requests = make_requests(1)
+            await engine.submit(requests)
+            await stubs[0].wait_for_running(2)
+            await pool.restart("server0.life0", "it hung")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await take(engine, requests)
+            assert [server.policy_version for server in engine.servers] == [-1]
+            await sync(engine, stubs, 0)
+            await take(engine, requests)
 
     run(generate())
 
 
-def test_as_long_as_a_server_is_coming_requests_wait_for_it() -> None:
+def test_requests_wait_for_servers_that_are_coming() -> None:
     async def generate() -> None:
-        async with running(1, version=None, start_timeout_s=0.1) as (engine, stubs, pool):
+        async with running(1, start_timeout_s=0.1) as (engine, stubs, pool):
             pool.num_coming = 1
+            await pool.leave("server0.life0")
             requests = make_requests(1)
             await engine.submit(requests)
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.5):
                     await take(engine, requests)
-            await sync(engine, stubs, 0)
-            await take(engine, requests)
+            pool.num_coming = 0
+            await pool.tell()
+            with pytest.raises(RunError, match="no server is left"):
+                await take(engine, requests)
 
     run(generate())
 
