@@ -69,7 +69,7 @@ def leave_group(group: dist.ProcessGroup) -> None:
 
 
 def address_towards(urls: list[str]) -> str:
-    """The address of this machine that servers can reach: loopback only where all of them are on it.
+    """The address of this machine that servers can reach: loopback only where all of them, and all ranks, are on it.
 
     Args:
         urls: The servers, one at least.

@@ -158,7 +158,7 @@ class HandleFormat:
 
 
 def _is_here(url: str) -> bool:
-    """Whether an address belongs to this machine."""
+    """Whether an address belongs to this machine; loopback does, so servers are there only where all ranks are here."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.bind((urlsplit(url).hostname, 0))

@@ -11,16 +11,17 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 
-from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.rollout.servers.agent import CONTROLLER_FILE
 from megatron_fipo.rollout.servers.command import ServerSettings
-from megatron_fipo.rollout.servers.listener import ServerListener, job_address, write_controller_file
+from megatron_fipo.rollout.servers.listener import ServerListener, is_loopback, job_address, write_controller_file
 from megatron_fipo.rollout.servers.registry import ServerLife, ServerPool, ServerRegistry
 from megatron_fipo.rollout.servers.settings import server_settings
 from megatron_fipo.runtime.child_process import child_environment
@@ -42,7 +43,7 @@ class TrainerRanks:
 
     Attributes:
         here: How many are on that node, each with a GPU.
-        elsewhere: How many are on other nodes.
+        elsewhere: How many are on other nodes, from where they speak to servers, too.
     """
 
     here: int
@@ -76,14 +77,18 @@ async def open_pool(
         ranks: Ranks of the trainer; servers on their node take GPUs behind theirs.
 
     Raises:
-        ConfigError: The key file cannot be read.
+        ConfigError: The key file cannot be read, or an address leads other nodes to themselves.
         RunError: A server that runs already does not answer.
     """
     if rollout.sglang.urls:
+        _check_urls(rollout.sglang.urls, ranks)
         yield await AttachedServers.open(rollout.sglang)
         return
     settings = server_settings(model, rollout, 0 if rollout.sglang.num_agents else ranks.here)
-    async with _started(settings, rollout.sglang, folder) as registry:
+    others_come = rollout.sglang.num_agents > 0 or ranks.elsewhere > 0
+    # Servers listen where their agent finds the controller.
+    host = job_address(os.environ) if others_come else LOOPBACK
+    async with _started(settings, rollout.sglang, folder, host) as registry:
         yield registry
 
 
@@ -140,6 +145,17 @@ class AttachedServers:
         self._changed = asyncio.Event()
 
 
+def _check_urls(urls: Sequence[str], ranks: TrainerRanks) -> None:
+    for url in urls:
+        require(
+            ranks.elsewhere == 0 or not is_loopback(urlsplit(url).hostname or ""),
+            field="rollout.sglang.urls",
+            value=url,
+            rule=f"must not be loopback: {ranks.elsewhere} ranks are on other nodes, and would look on their own",
+            way_out="have the server listen on its node's address, and write that",
+        )
+
+
 def _read_key(path: str | None) -> str | None:
     if path is None:
         return None
@@ -164,7 +180,9 @@ async def _tensor_parallel_size(session: aiohttp.ClientSession, url: str) -> int
 
 
 @asynccontextmanager
-async def _started(settings: ServerSettings, config: SglangConfig, folder: Path) -> AsyncIterator[ServerRegistry]:
+async def _started(
+    settings: ServerSettings, config: SglangConfig, folder: Path, host: str
+) -> AsyncIterator[ServerRegistry]:
     """Have servers started through agents: those of other nodes, or one beside this process."""
     registry = ServerRegistry(
         settings,
@@ -175,7 +193,7 @@ async def _started(settings: ServerSettings, config: SglangConfig, folder: Path)
     )
     token = secrets.token_urlsafe(32)
     listener = ServerListener(registry, token)
-    url = await listener.open(job_address(os.environ) if config.num_agents else LOOPBACK)
+    url = await listener.open(host)
     folder.mkdir(parents=True, exist_ok=True)
     controller_file = folder / CONTROLLER_FILE
     tasks = [asyncio.create_task(listener.watch_agents())]

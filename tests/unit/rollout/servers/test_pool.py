@@ -23,7 +23,7 @@ from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.rollout.servers import listener, registry
 from megatron_fipo.rollout.servers import pool as pool_module
 from megatron_fipo.rollout.servers.agent import ServerAgent, read_controller_file
-from megatron_fipo.rollout.servers.pool import open_pool
+from megatron_fipo.rollout.servers.pool import TrainerRanks, open_pool
 from megatron_fipo.rollout.servers.registry import ServerPool
 from megatron_fipo.runtime.errors import RunError
 from tests.process_groups import wait_until_empty
@@ -276,6 +276,37 @@ def test_agents_of_other_nodes_are_not_given_an_address_that_leads_to_themselves
     with pytest.raises(ConfigError, match=r"SLURMD_NODENAME = node7: must lead other nodes here.*127\.0\.1\.1; set"):
         asyncio.run(scenario(num_agents=1))
     assert listener.job_address({"SLURMD_NODENAME": "10.1.0.7"}) == "10.1.0.7"
+
+
+def test_servers_beside_the_controller_can_be_reached_by_ranks_of_other_nodes(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_FAILS", "1")
+    folder, two_nodes = tmp_path / "servers", TrainerRanks(here=4, elsewhere=4)
+
+    async def listening(ranks: TrainerRanks) -> set[str]:
+        before = {each.laddr for each in psutil.Process().net_connections()}
+        async with open_pool(model, rollout(), folder, ranks):
+            return {each.laddr.ip for each in psutil.Process().net_connections() if each.laddr not in before}
+
+    # Not the address that every node has.
+    monkeypatch.setenv("SLURMD_NODENAME", "127.0.0.9")
+    assert asyncio.run(listening(two_nodes)) == {"127.0.0.9"}
+    assert asyncio.run(listening(TrainerRanks(here=8, elsewhere=0))) == {"127.0.0.1"}
+    monkeypatch.delenv("SLURMD_NODENAME")
+    monkeypatch.setattr(socket, "gethostbyname", lambda _: "127.0.1.1")
+    with pytest.raises(ConfigError, match="this host's name = .*: must lead other nodes here"):
+        asyncio.run(listening(two_nodes))
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_servers_that_every_node_finds_in_itself_are_refused(model: ModelConfig, tmp_path: Path, host: str) -> None:
+    async def scenario() -> None:
+        async with open_pool(model, rollout(urls=(f"http://{host}:1",)), tmp_path, TrainerRanks(here=4, elsewhere=4)):
+            pass
+
+    with pytest.raises(ConfigError, match=r"rollout\.sglang\.urls = .* must not be loopback: 4 ranks"):
+        asyncio.run(scenario())
 
 
 async def status_of_registration(url: str, token: str) -> int:
