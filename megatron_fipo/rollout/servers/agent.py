@@ -148,18 +148,26 @@ class ServerAgent:
                 self._running[order.name] = asyncio.create_task(self._live(order, tuple(self._ending)))
 
     async def _live(self, order: Order, before: Sequence[asyncio.Task[None]]) -> None:
-        """One life of a server's part on this node, once those that it may replace are gone."""
+        """One life of a server's part on this node, once those that it may replace are gone; its end is reported."""
         if before:
             await asyncio.wait(before)
-        ports = _free_ports(self._host, 2, self._ports)
-        # Nobody listens on them for a minute yet.
-        self._ports.update(ports)
+        ports: list[int] = []
         try:
-            await self._run_server(order, *ports)
+            ports = _free_ports(self._host, 2, self._ports)
+            # Nobody listens on them for a minute yet.
+            self._ports.update(ports)
+            ended = await self._run_server(order, *ports)
+        except (ServerEndedError, RunError) as error:
+            ended = str(error)
+        except Exception as error:
+            log.exception("%s cannot be run", order.name)
+            ended = f"cannot be run: {error!r}"
         finally:
             self._ports.difference_update(ports)
+        self._report(order.name, ended=ended)
 
-    async def _run_server(self, order: Order, port: int, nccl_port: int) -> None:
+    async def _run_server(self, order: Order, port: int, nccl_port: int) -> str:
+        """Start a server's part, and say when it is ready; returns how it ended."""
         place = ServerPlace(
             host=self._host,
             port=port,
@@ -171,19 +179,13 @@ class ServerAgent:
         part = f".node{order.node_rank}" if self._settings.nodes_per_server > 1 else ""
         command = server_command(self._settings, place, self._key_file, self._cuda)
         environment = server_environment(self._settings, os.environ, self._cuda)
-        try:
-            server = await ServerProcess.start(command, environment, self._folder / f"{order.name}{part}.log")
-        except ServerEndedError as error:
-            self._report(order.name, ended=str(error))
-            return
+        server = await ServerProcess.start(command, environment, self._folder / f"{order.name}{part}.log")
         log.info("%s%s runs as process group %d, log %s", order.name, part, server.group, server.log)
         try:
             if order.node_rank == 0:
                 await server.wait_ready(place.url, self._settings.start_timeout_s)
                 self._report(order.name, url=place.url)
-            self._report(order.name, ended=await server.wait())
-        except ServerEndedError as error:
-            self._report(order.name, ended=str(error))
+            return await server.wait()
         finally:
             await server.stop()
 

@@ -220,15 +220,18 @@ async def _started(
 
 async def _keep_agent(registry: ServerRegistry, controller: str, folder: Path) -> None:
     """Have an agent beside this process, and another one where it ends."""
-    status = 0
+    reason = ""
     for _ in range(registry.max_restarts + 1):
-        status = await _run_agent(registry, controller, folder)
+        try:
+            reason = f"the agent ended with status {await _run_agent(registry, controller, folder)}"
+        except OSError as error:
+            reason = f"the agent cannot be started: {error}"
         if registry.closing:
             return
         for agent in registry.agents:
-            registry.lose(agent, f"the agent ended with status {status}")
+            registry.lose(agent, reason)
         await asyncio.sleep(_AGENT_PAUSE_S)
-    registry.stop_hoping(f"the agent ended with status {status}, also after {registry.max_restarts} restarts")
+    registry.stop_hoping(f"{reason}, also after {registry.max_restarts} restarts")
 
 
 async def _run_agent(registry: ServerRegistry, controller: str, folder: Path) -> int:

@@ -20,6 +20,7 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.sglang import SglangConfig
+from megatron_fipo.rollout.servers import agent as agent_module
 from megatron_fipo.rollout.servers import listener, registry
 from megatron_fipo.rollout.servers import pool as pool_module
 from megatron_fipo.rollout.servers.agent import ServerAgent, read_controller_file
@@ -307,6 +308,43 @@ def test_servers_that_every_node_finds_in_itself_are_refused(model: ModelConfig,
 
     with pytest.raises(ConfigError, match=r"rollout\.sglang\.urls = .* must not be loopback: 4 ranks"):
         asyncio.run(scenario())
+
+
+def test_a_server_that_cannot_be_run_is_not_waited_for(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "localhost")
+    folder = tmp_path / "servers"
+
+    async def scenario() -> str:
+        async with open_pool(model, rollout(num_agents=1, max_restarts=0), folder) as pool:
+            address = read_controller_file(folder)
+            assert address is not None
+            agent = asyncio.create_task(ServerAgent(address, folder).run())
+            with pytest.raises(RunError, match="no SGLang server is left") as error:
+                await asyncio.wait_for(until(pool, lambda: False), 30.0)
+        await agent
+        return str(error.value)
+
+    # A server takes two ports.
+    monkeypatch.setattr(agent_module, "SERVER_PORTS", range(7999, 8000))
+    assert "server 0: no port from 7999 to 7999 of 127.0.0.1 is free" in asyncio.run(scenario())
+    monkeypatch.setattr(agent_module, "SERVER_PORTS", range(7900, 8900))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    assert "server 0: cannot be run: FileNotFoundError" in asyncio.run(scenario())
+
+
+def test_an_agent_that_cannot_be_started_is_not_waited_for(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+
+    async def scenario() -> None:
+        async with open_pool(model, rollout(max_restarts=0), tmp_path / "servers") as pool:
+            with pytest.raises(RunError, match=r"server 0: the agent cannot be started: .*absent.*also after 0"):
+                await asyncio.wait_for(until(pool, lambda: False), 30.0)
+
+    asyncio.run(scenario())
 
 
 async def status_of_registration(url: str, token: str) -> int:
