@@ -74,12 +74,33 @@ def check_server_arguments(arguments: dict[str, Any]) -> None:
         )
     if not arguments:
         return
+    _check_ranks({_plain(name): value for name, value in arguments.items()})
     known = _read_arguments()
     if not known:
         log.warning("rollout.sglang.server_arguments cannot be checked here: SGLang's list of arguments is not there")
         return
     for name, value in arguments.items():
         _check(name, value, known)
+
+
+def _check_ranks(arguments: dict[str, Any]) -> None:
+    """Refuse ranks that take each other's place: SGLang numbers those that take in weights by tensor rank alone."""
+    for name in ("pp_size", "pipeline_parallel_size"):
+        require(
+            arguments.get(name, 1) in (None, 1),
+            field=f"rollout.sglang.server_arguments.{name}",
+            value=arguments.get(name),
+            rule="must be 1: SGLang's pipeline stages would join a weight update under the same ranks",
+            way_out="spread a server by rollout.sglang.tensor_parallel_size",
+        )
+    for name in ("dp_size", "data_parallel_size"):
+        require(
+            arguments.get(name, 1) in (None, 1) or arguments.get("enable_dp_attention") is True,
+            field=f"rollout.sglang.server_arguments.{name}",
+            value=arguments.get(name),
+            rule="must be 1 without enable_dp_attention: copies would join a weight update under the same ranks",
+            way_out="start more servers by rollout.sglang.servers_per_node, or set enable_dp_attention to true",
+        )
 
 
 def _check(name: str, value: Any, known: dict[str, _Argument]) -> None:

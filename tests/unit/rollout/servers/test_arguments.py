@@ -74,6 +74,25 @@ def test_what_the_program_sets_is_refused(name: str, owner: str) -> None:
         check_server_arguments({name: 2})
 
 
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("pp_size", "tensor_parallel_size"),
+        ("pipeline-parallel-size", "tensor_parallel_size"),
+        ("dp_size", "servers_per_node"),
+        ("data_parallel_size", "servers_per_node"),
+    ],
+)
+def test_ranks_that_would_take_each_others_place_are_refused(name: str, way_out: str) -> None:
+    with pytest.raises(ConfigError, match=f"= 2: must be 1.*under the same ranks; .*{way_out}"):
+        check_server_arguments({name: 2})
+    check_server_arguments({name: 1})
+
+
+def test_attention_over_data_spreads_the_same_ranks() -> None:
+    check_server_arguments({"dp-size": 2, "enable-dp-attention": True})
+
+
 def test_without_sglang_names_are_not_checked(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
