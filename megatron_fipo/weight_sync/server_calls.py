@@ -12,7 +12,7 @@ from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.rollout.sglang.client import ServerError, SglangServer, open_session
 
 # More than the calls that weight synchronisation has under way with all servers.
-_MAX_REQUESTS = 1024
+_MAX_REQUESTS = 512
 
 type Call[T] = Callable[[SglangServer], Awaitable[T]]
 

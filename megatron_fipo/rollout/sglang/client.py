@@ -16,6 +16,7 @@ import orjson
 from yarl import URL
 
 from megatron_fipo.config.weight_sync import PauseMode
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.types import FloatArray
 
 MemoryTag = Literal["weights", "kv_cache"]
@@ -118,13 +119,20 @@ def open_session(api_key: str | None, max_requests: int) -> aiohttp.ClientSessio
 
     Args:
         api_key: What the servers ask for; None where they ask for nothing.
-        max_requests: Requests in flight at once; the limit on open files is raised for them as far as it may be.
+        max_requests: Requests in flight at once; the limit on open files is raised for them.
+
+    Raises:
+        RunError: That limit may not be raised so far.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = max_requests + _SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
-        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise RunError(
+                f"{max_requests} requests in flight need {needed} open files, and this process may have {hard}: raise "
+                f"the hard limit (`ulimit -n {needed}`), or lower rollout.max_requests_in_flight"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
         headers={"Authorization": f"Bearer {api_key}"} if api_key else None,

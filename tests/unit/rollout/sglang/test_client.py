@@ -19,6 +19,7 @@ from megatron_fipo.rollout.sglang.client import (
     open_session,
     policy_version_of,
 )
+from megatron_fipo.runtime.errors import RunError
 
 SILENCE = object()
 # A body of status 200, a status and a body, SILENCE, or what answers.
@@ -217,6 +218,17 @@ def test_a_session_raises_the_limit_on_open_files() -> None:
         assert run(ask()) == 356
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_limit_on_open_files_that_is_too_low_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+
+    async def ask() -> None:
+        async with open_session(None, 4096):
+            pass
+
+    with pytest.raises(RunError, match=r"need 4352 open files.* have 4096.*\(`ulimit -n 4352`\).*in_flight"):
+        run(ask())
 
 
 def test_errors_are_of_one_family() -> None:
