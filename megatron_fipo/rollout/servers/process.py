@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from megatron_fipo.rollout.servers import guard as guard_program
 PROBE_INTERVAL_S = 0.2
 STOP_GRACE_S = 5.0
 """Between SIGTERM and SIGKILL. SGLang lets running requests finish, which nobody waits for."""
-_TAIL_LINES, _LINE_LENGTH = 25, 400
+_TAIL_BYTES, _TAIL_LINES, _LINE_LENGTH = 1 << 16, 25, 400
 # SGLang writes all its arguments down, on a line of thousands of characters.
 _KEY = re.compile(r"(api_key': )'[^']*'")
 
@@ -126,9 +125,14 @@ class ServerProcess:
             os.killpg(self.group, signal.SIGKILL)
 
     def _log_end(self) -> str:
-        with self.log.open(encoding="utf-8", errors="replace") as file:
-            lines = deque(file, _TAIL_LINES)
-        told = [_KEY.sub(r"\1…", line.rstrip())[:_LINE_LENGTH] for line in lines]
+        with self.log.open("rb") as file:
+            begin = max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0)
+            file.seek(begin)
+            if begin:
+                # The rest of a line, perhaps of its key.
+                file.readline()
+            lines = file.read().decode(errors="replace").splitlines()
+        told = [_KEY.sub(r"\1…", line.rstrip())[:_LINE_LENGTH] for line in lines[-_TAIL_LINES:]]
         return "\n".join([f"the end of {self.log}:", *told]).rstrip()
 
 

@@ -67,6 +67,16 @@ def test_the_end_of_its_log_does_not_tell_its_key(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_of_a_long_log_its_end_alone_is_read(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        says = "for number in range(20): print(number, 9995 * 'x')"
+        server = await ServerProcess.start([sys.executable, "-c", says], os.environ, tmp_path / "log")
+        # Whole lines of the last 64 KiB.
+        assert [line.split()[0] for line in (await server.wait()).splitlines()[1:]] == [str(n) for n in range(14, 20)]
+
+    asyncio.run(scenario())
+
+
 def test_one_that_is_not_ready_in_time_is_told(tmp_path: Path) -> None:
     async def scenario() -> None:
         port = free_port()
