@@ -43,8 +43,9 @@ class SglangConfig:
     start_timeout_s: float = 1800.0
     """How long a server may take until it is ready, in seconds."""
 
-    request_timeout_s: float = 3600.0
-    """How long one request may take, in seconds; then its server counts as hung."""
+    request_timeout_s: float = 14400.0
+    """How long one attempt at a request may take, in seconds, the time in its server's queue included; then it is
+    aborted and tried again. Servers that hang are found by themselves, within minutes."""
 
     max_attempts: int = 5
     """Times that one request is tried, on whatever server, before the run stops."""
@@ -79,6 +80,14 @@ class SglangConfig:
                 rule="must be an address that begins with http:// or https://",
                 way_out="write it as http://HOST:PORT",
             )
+        servers = [url.rstrip("/") for url in self.urls]
+        require(
+            len(set(servers)) == len(servers),
+            field="urls",
+            value=self.urls,
+            rule="must name each server once",
+            way_out="leave the second one away",
+        )
         self._check_nodes()
 
     def _check_nodes(self) -> None:

@@ -816,3 +816,9 @@ def test_running_requests_are_ended_only_where_they_can_go_on_or_must(
         weight_sync=WeightSyncConfig(pause=pause),
     )
     assert config.pause_mode == expected
+
+
+@pytest.mark.parametrize("again", ["http://10.1.0.7:30000", "http://10.1.0.7:30000/"])
+def test_a_server_is_named_once(again: str) -> None:
+    with pytest.raises(ConfigError, match="urls = .*: must name each server once; leave the second one away"):
+        SglangConfig(urls=("http://10.1.0.7:30000", again))
