@@ -14,8 +14,9 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import asdict, dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,6 +60,10 @@ class ControllerAddress:
     token: str
 
 
+class _ForgottenError(RunError):
+    """The controller does not count on this agent any more, and may on a new one."""
+
+
 class ServerAgent:
     """An agent.
 
@@ -97,7 +102,8 @@ class ServerAgent:
             finally:
                 self._follow(())
                 await asyncio.gather(*self._ending, return_exceptions=True)
-                self._key_file.unlink()
+                # The controller removes what agents have left, and may have taken this one for gone.
+                self._key_file.unlink(missing_ok=True)
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                     await session.delete(f"/agents/{welcome['key']}")
 
@@ -120,7 +126,8 @@ class ServerAgent:
             try:
                 async with session.post(path, json=message) as reply:
                     if reply.status != 200:
-                        raise RunError(f"the controller turned this agent away ({reply.status}): {await reply.text()}")
+                        kind = _ForgottenError if reply.status == HTTPStatus.GONE else RunError
+                        raise kind(f"the controller turned this agent away ({reply.status}): {await reply.text()}")
                     self._answered_at = loop.time()
                     return await reply.json()
             except TimeoutError:
@@ -211,7 +218,16 @@ async def serve(folder: Path, patience_s: float) -> None:
                 await asyncio.sleep(BEAT_S)
     except TimeoutError:
         raise RunError(f"no controller left its address in {folder} for {patience_s:g} s") from None
-    await _run_until_signal(ServerAgent(controller, folder))
+    await _run_until_signal(_serve_again(controller, folder))
+
+
+async def _serve_again(controller: ControllerAddress, folder: Path) -> None:
+    """Run an agent, and a new one where the controller has given up the one before: it was silent for too long."""
+    while True:
+        try:
+            return await ServerAgent(controller, folder).run()
+        except _ForgottenError as error:
+            log.warning("%s; it has ended its servers, and registers anew", error)
 
 
 def read_controller_file(folder: Path) -> ControllerAddress | None:
@@ -233,8 +249,8 @@ async def _listens(controller: ControllerAddress) -> bool:
     return True
 
 
-async def _run_until_signal(agent: ServerAgent) -> None:
-    task = asyncio.ensure_future(agent.run())
+async def _run_until_signal(agent: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.ensure_future(agent)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     with contextlib.suppress(asyncio.CancelledError):
@@ -251,7 +267,7 @@ async def _run_on_leash(folder: Path) -> None:
         # It ended before it could say.
         return
     agent = ServerAgent(ControllerAddress(**json.loads(controller)), folder)
-    running = asyncio.ensure_future(_run_until_signal(agent))
+    running = asyncio.ensure_future(_run_until_signal(agent.run()))
     leash = asyncio.ensure_future(reader.read())
     await asyncio.wait([running, leash], return_when=asyncio.FIRST_COMPLETED)
     leash.cancel()

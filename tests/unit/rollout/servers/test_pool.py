@@ -353,36 +353,42 @@ async def status_of_registration(url: str, token: str) -> int:
         return reply.status
 
 
-def test_an_agent_that_falls_silent_is_lost(
+def test_an_agent_that_falls_silent_is_lost_and_may_come_back(
     model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "localhost")
     monkeypatch.setattr(listener, "AGENT_LOST_S", 3.0)
     folder = tmp_path / "servers"
 
-    async def scenario() -> int:
-        async with open_pool(model, rollout(num_agents=1), folder) as pool:
-            program = "import asyncio, pathlib; from megatron_fipo.rollout.servers.agent import serve; "
-            agent = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", f"{program}asyncio.run(serve(pathlib.Path({str(folder)!r}), 60.0))"),
-                stderr=asyncio.subprocess.PIPE,
-            )
-            try:
+    async def scenario() -> list[int]:
+        program = "import asyncio, pathlib; from megatron_fipo.rollout.servers.agent import serve; "
+        agent = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", f"{program}asyncio.run(serve(pathlib.Path({str(folder)!r}), 60.0))"),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with open_pool(model, rollout(num_agents=1), folder) as pool:
                 await until(pool, lambda: len(pool.lives) == 1)
-                group = group_of(folder, "server0.life1")
+                groups = [group_of(folder, "server0.life1")]
                 agent.send_signal(signal.SIGSTOP)
                 with pytest.raises(RunError, match="the agent of rollout node 0 was not heard of for 3 s"):
                     await until(pool, lambda: False)
-                # It learns that nobody counts on it any more.
+                # It learns that nobody counts on it any more, and begins anew.
                 agent.send_signal(signal.SIGCONT)
-                _, said = await agent.communicate()
-                assert "the controller turned this agent away (410)" in said.decode()
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    agent.kill()
-            return group
+                while pool.num_coming == 0:
+                    await asyncio.sleep(0.01)
+                await until(pool, lambda: [life.name for life in pool.lives] == ["server0.life2"])
+                groups.append(group_of(folder, "server0.life2"))
+            _, said = await agent.communicate()
+            assert agent.returncode == 0
+            assert "the controller turned this agent away (410)" in said.decode()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                agent.kill()
+        return groups
 
-    wait_until_empty(asyncio.run(scenario()))
+    for group in asyncio.run(scenario()):
+        wait_until_empty(group)
 
 
 def test_attached_servers_are_used_as_they_are(tmp_path: Path, model: ModelConfig) -> None:
