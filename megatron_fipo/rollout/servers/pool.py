@@ -215,6 +215,9 @@ async def _started(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         controller_file.unlink(missing_ok=True)
+        # Of agents that were killed.
+        for key_file in folder.glob("key_*.yaml"):
+            key_file.unlink(missing_ok=True)
         await listener.close()
 
 

@@ -155,6 +155,8 @@ def test_a_lost_agent_takes_its_servers_along_and_is_replaced(model: ModelConfig
             return group
 
     wait_until_empty(asyncio.run(scenario()))
+    # It could not remove its servers' key itself.
+    assert not list(folder.glob("key_*"))
 
 
 def test_an_agent_that_hangs_is_replaced_with_its_servers_and_ends_at_last(
