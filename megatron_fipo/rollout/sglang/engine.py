@@ -7,7 +7,7 @@ An attempt that fails, or whose answer cannot be used, is made again elsewhere. 
 import asyncio
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.weight_sync import PauseMode
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, ServerAddress
 from megatron_fipo.rollout.servers.registry import ServerPool
-from megatron_fipo.rollout.sglang.client import ServerError, open_session
+from megatron_fipo.rollout.sglang.client import ServerError, ServerSilentError, open_session
 from megatron_fipo.rollout.sglang.generate_responses import ResponseError, RoutingShape, read_response, request_body
 from megatron_fipo.rollout.sglang.request_router import RequestRouter
 from megatron_fipo.rollout.sglang.server_choice import Flight, Server, Way, check_length, check_tokens, choose_server
@@ -255,6 +255,8 @@ class SglangEngine:
             if isinstance(way, Server):
                 way.failures_in_a_row = 0
         except (ServerError, ResponseError) as error:
+            if isinstance(error, ServerSilentError):
+                self._start(self._abort_attempt(flight.servers, rid))
             self._land(flight)
             self._retry(flight, f"{way.client.url}: {error}", way)
             if isinstance(way, Server):
@@ -325,10 +327,13 @@ class SglangEngine:
     async def _abort_on_servers(self, flight: Flight) -> None:
         """Have those servers that may have a request end it, until its answer is there."""
         while flight.way is not None:
-            there = [server for server in flight.servers if self._fleet.has(server)]
-            await asyncio.gather(*(self._abort_on_server(server, flight.rid) for server in there))
+            await self._abort_attempt(flight.servers, flight.rid)
             if flight.task is not None:
                 await asyncio.wait([flight.task], timeout=ABORT_INTERVAL_S)
+
+    async def _abort_attempt(self, servers: Iterable[Server], rid: str) -> None:
+        there = [server for server in servers if self._fleet.has(server)]
+        await asyncio.gather(*(self._abort_on_server(server, rid) for server in there))
 
     async def _abort_on_server(self, server: Server, rid: str) -> None:
         try:

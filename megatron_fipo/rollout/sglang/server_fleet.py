@@ -19,7 +19,6 @@ from megatron_fipo.rollout.sglang.client import (
     FOLDER_VERSION,
     PROBE_TIMEOUT_S,
     ServerError,
-    ServerSilentError,
     SglangServer,
 )
 from megatron_fipo.rollout.sglang.generate_responses import ResponseError
@@ -252,9 +251,10 @@ class ServerFleet:
         server.failures_in_a_row += 1
         if not self.has(server):
             return
-        if isinstance(error, ServerSilentError) or server.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+        if server.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
             self._start(self._give_up(server, str(error)))
         elif isinstance(error, ServerError):
+            # One that was late may have queued for long at a sound server: its probes tell.
             server.suspected.set()
         elif error.kind == "version":
             self._retire(server, str(error))

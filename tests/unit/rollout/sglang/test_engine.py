@@ -1,4 +1,5 @@
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -270,15 +271,39 @@ def test_a_server_that_failed_to_take_weights_in_is_restarted_and_waits_for_them
     run(generate())
 
 
-def test_a_hung_server_is_restarted_and_its_requests_move() -> None:
+def test_a_late_request_alone_is_tried_again_at_a_sound_server() -> None:
     async def generate() -> None:
-        async with running(2, request_timeout_s=3) as (engine, stubs, pool):
+        async with running(1, request_timeout_s=1) as (engine, stubs, pool):
+            stubs[0].is_held = True
+            late, *others = make_requests(4)
+            await engine.submit([late])
+            await stubs[0].wait_for_running(1)
+            # What comes from now on is answered at once.
+            stubs[0].is_held = False
+            await engine.submit(others)
+            await take(engine, [late, *others])
+            sent = Counter(tuple(payload["input_ids"]) for payload in stubs[0].requests)
+            assert sent.pop((0, 0, 3)) == 2 and set(sent.values()) == {1} and len(sent) == 7
+            assert "abort_request" in stubs[0].calls
+            assert [server.policy_version for server in engine.servers] == [0] and not pool.restarts
+
+    run(generate())
+
+
+def test_a_server_that_hangs_is_found_by_a_late_request_and_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_fleet, "PROBE_TIMEOUT_S", 0.5)
+
+    async def generate() -> None:
+        async with running(2, request_timeout_s=1) as (engine, stubs, pool):
             stubs[0].is_silent = True
             requests = make_requests(8)
             await engine.submit(requests)
+            # The requests need not wait for that: they are tried elsewhere.
             await take(engine, requests)
+            while not pool.restarts:
+                await asyncio.sleep(0.005)
             assert {name for name, _ in pool.restarts} == {"server0.life0"}
-            assert "no answer in 3 s" in pool.restarts[0][1]
+            assert "health_generate" in pool.restarts[0][1]
 
     run(generate())
 
