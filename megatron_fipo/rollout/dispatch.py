@@ -49,7 +49,7 @@ class Dispatcher:
 
     A request that comes back interrupted is sent again: from its tokens with `rollout.partial_rollouts`, else from the
     start. Nothing is sent while the engine is paused, while `rollout.max_requests_in_flight` are unanswered, or while
-    so many responses wait for their score; and nothing of training while evaluation has something to send.
+    so many responses wait for their score; and nothing of training while something of evaluation waits to be sent.
 
     Args:
         engine: The engine.
@@ -74,7 +74,7 @@ class Dispatcher:
         self._given: set[str] = set()
         self._given_up: set[str] = set()
         self._to_abort: list[str] = []
-        self._num_evaluations = self._num_results = self._num_pauses = 0
+        self._num_results = self._num_pauses = 0
         self._failure: BaseException | None = None
         self._news, self._results_due = asyncio.Event(), asyncio.Event()
         self._result_came = asyncio.Event()
@@ -112,12 +112,10 @@ class Dispatcher:
         assert name not in self._open and name not in self._in_flight, name
         done = asyncio.get_running_loop().create_future()
         self._open[name] = _Open(request=request, order=order, begins=begins, done=done, is_evaluation=is_evaluation)
-        self._num_evaluations += is_evaluation
         self._enqueue(name)
         try:
             return await done
         finally:
-            self._num_evaluations -= is_evaluation
             entry = self._open.pop(name)
             if name in self._in_flight:
                 self._given_up.add(name)
@@ -222,8 +220,6 @@ class Dispatcher:
             if entry is None or entry.done.done() or name in self._in_flight:
                 heapq.heappop(self._queue)
                 continue
-            if self._num_evaluations and not entry.is_evaluation:
-                break
             heapq.heappop(self._queue)
             self._in_flight.add(name)
             entry.num_pauses = self._num_pauses
