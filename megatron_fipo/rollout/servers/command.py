@@ -22,6 +22,8 @@ _ON_CPU: dict[str, Any] = {
     "disable_cuda_graph": True,
     "skip_server_warmup": True,
     "sleep_on_idle": True,
+    # By default the KV cache takes most of the machine's memory.
+    "max_total_tokens": 65536,
 }
 
 # Where one of its processes has crashed, SGLang takes requests for another minute, and answers none, while it looks for

@@ -175,8 +175,18 @@ async def _tensor_parallel_size(session: aiohttp.ClientSession, url: str) -> int
         async with session.get(f"{url.rstrip('/')}/server_info") as reply:
             reply.raise_for_status()
             return int((await reply.json())["tp_size"])
-    except (aiohttp.ClientError, TimeoutError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"rollout.sglang.urls: {url} does not answer as an SGLang server does: {error!r}") from error
+    except aiohttp.ClientResponseError as error:
+        # With its request, an error tells the key.
+        way_out = "; see rollout.sglang.api_key_file" if error.status in (401, 403) else ""
+        raise RunError(
+            f"rollout.sglang.urls: {url} does not answer as an SGLang server does: status {error.status}{way_out}"
+        ) from None
+    except (aiohttp.ClientConnectionError, TimeoutError) as error:
+        raise RunError(f"rollout.sglang.urls: {url} does not answer: {error or type(error).__name__}") from None
+    except (aiohttp.ClientError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"rollout.sglang.urls: {url} does not answer as an SGLang server does ({type(error).__name__})"
+        ) from None
 
 
 @asynccontextmanager

@@ -218,7 +218,7 @@ class RequestRouter:
                 failed = 0
             except _NO_ANSWER as error:
                 failed += 1
-                log.warning("the router at %s did not answer: %r", self._url, error)
+                log.warning("the router at %s did not answer: %s", self._url, type(error).__name__)
             settled = not failed and self._is_settled()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PROBE_INTERVAL_S if settled else _SETTLE_S):

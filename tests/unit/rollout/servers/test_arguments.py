@@ -134,6 +134,7 @@ def test_a_configuration_becomes_a_command(model: Path) -> None:
     assert {"--skip-tokenizer-init", "--enable-return-routed-experts", "--disable-radix-cache"} <= set(command)
     assert "--enable-memory-saver" not in command
     assert command[command.index("--lora-paths") + 1 :][:2] == ["a", "b"]
+    assert words_after(command, "--max-total-tokens") == "4096"
 
 
 def test_servers_on_gpus_share_a_node_and_may_span_several(model: Path) -> None:

@@ -409,9 +409,13 @@ def test_attached_servers_are_used_as_they_are(tmp_path: Path, model: ModelConfi
         attached = rollout(urls=(url,), api_key_file=str(tmp_path / "key"))
         try:
             await wait_until_it_listens(port)
-            with pytest.raises(RunError, match=f"{url} does not answer as an SGLang server does.*401"):
-                async with open_pool(model, rollout(urls=(url,)), tmp_path):
+            (tmp_path / "old_key").write_text("an old secret")
+            with pytest.raises(
+                RunError, match=f"{url} does not answer as .* status 401; see .*api_key_file"
+            ) as refused:
+                async with open_pool(model, rollout(urls=(url,), api_key_file=str(tmp_path / "old_key")), tmp_path):
                     pass
+            assert "an old secret" not in str(refused.value)
             async with open_pool(model, attached, tmp_path) as pool:
                 assert pool.api_key == "secret"
                 (life,) = pool.lives
