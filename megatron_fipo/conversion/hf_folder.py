@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -196,6 +196,19 @@ def _weights_error(folder: Path, rule: str) -> ConfigError:
     return ConfigError(field="model.path", value=str(folder), rule=rule, way_out="fetch the model's weight files again")
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that is open to whom other new files are: the library's are for this user alone.
+
+    Raises:
+        OSError: It cannot be written.
+        SafetensorError: The same, as the library tells it.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 class HfFolderWriter:
     """Writes a Hugging Face folder shard by shard beside its target, to be moved there once it is known to be good.
 
@@ -244,11 +257,7 @@ class HfFolderWriter:
         self.partial.rename(self.target)
 
     def _flush(self) -> None:
-        save_file(
-            self._shard,
-            self.partial / f"shard-{len(self._shards):05d}.safetensors",
-            metadata={"format": "pt"},
-        )
+        save_tensors(self._shard, self.partial / f"shard-{len(self._shards):05d}.safetensors")
         self._shards.append(list(self._shard))
         self._total_bytes += self._shard_bytes
         self._shard, self._shard_bytes = {}, 0

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megatron_fipo.config.weight_sync import WeightSyncConfig
 from megatron_fipo.conversion.bridge import HfBridge
-from megatron_fipo.conversion.hf_folder import INDEX_NAME
+from megatron_fipo.conversion.hf_folder import INDEX_NAME, save_tensors
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.rollout.engine import ServerAddress
@@ -119,7 +118,7 @@ class DiskTransport:
             weight_map |= dict.fromkeys(tensors, file)
             num_bytes += sum(tensor.nbytes for tensor in tensors.values())
             try:
-                save_file(tensors, partial / file, metadata={"format": "pt"})
+                save_tensors(tensors, partial / file)
             except (OSError, SafetensorError) as error:
                 problem = str(error)
         return weight_map, num_bytes, problem

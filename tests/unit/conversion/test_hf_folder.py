@@ -1,6 +1,7 @@
 """What is refused before a model is built from a folder, and how a folder is written."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from megatron_fipo.conversion.hf_folder import (
     model_config_for,
     read_model_config,
     read_tensors,
+    save_tensors,
 )
 
 CONFIG = {"model_type": "qwen2", "vocab_size": 301}
@@ -328,3 +330,14 @@ def test_a_config_is_changed_in_a_copy():
         "rope_parameters": {"rope_theta": 1.0},
     }
     assert source["rope_parameters"] == {"rope_theta": 1.0}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_weights_are_open_to_whom_other_files_are(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        save_tensors({"weight": torch.ones(3)}, tmp_path / "weights.safetensors")
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
