@@ -82,11 +82,6 @@ class Dispatcher:
         self._sender: asyncio.Task[None] | None = None
         self._receiver: asyncio.Task[None] | None = None
 
-    @property
-    def num_in_flight(self) -> int:
-        """Requests sent and not answered."""
-        return len(self._in_flight)
-
     async def generate(
         self,
         request: GenerationRequest,

@@ -250,10 +250,6 @@ class SglangServer:
         assert rid, "an empty rid is the beginning of all"
         await self._command("abort_request", {"rid": rid}, timeout_s)
 
-    async def abort_all(self, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-        """End all requests, whoever sent them."""
-        await self._command("abort_request", {"abort_all": True}, timeout_s)
-
     async def flush_cache(self, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
         """Forget the KV cache of earlier prompts; refused while requests run or wait."""
         await self._command("flush_cache", {}, timeout_s)
