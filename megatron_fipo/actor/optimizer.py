@@ -81,6 +81,26 @@ class ActorOptimizer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     @property
+    def num_steps(self) -> int:
+        """Updates that Adam has made; 0 on a rank without any weights of its own."""
+        groups = [group for part in self.parts if part.optimizer is not None for group in part.optimizer.param_groups]
+        return max((int(group.get("step", 0)) for group in groups), default=0)
+
+    def set_progress(self, num_steps: int, schedule_steps: int) -> None:
+        """Go on from another optimizer's progress; its moments and weights are set elsewhere.
+
+        Args:
+            num_steps: Its `num_steps`, from a rank that has weights.
+            schedule_steps: Steps of its schedule.
+        """
+        for part in self.parts:
+            if part.optimizer is not None:
+                for group in part.optimizer.param_groups:
+                    group["step"] = num_steps
+        self.schedule.num_steps = schedule_steps
+        self.schedule.step(increment=0)
+
+    @property
     def parts(self) -> list[Any]:
         """megatron-core's optimizers, those for experts apart."""
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])

@@ -7,3 +7,7 @@ class RunError(RuntimeError):
 
 class NonFiniteError(RunError):
     """A log-probability, a loss or a gradient was not finite. The weights are those before it."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint cannot be written or read. What was complete on disk before still is."""

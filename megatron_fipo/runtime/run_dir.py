@@ -97,6 +97,11 @@ class RunDirectory:
         return self.path / "weights"
 
     @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
     def export(self) -> Path:
         """Folder of the Hugging Face export."""
         return self.path / "export"

@@ -10,7 +10,8 @@ from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.rewards.base import RewardError
 from megatron_fipo.rollout.admission import NoSignalError
 from megatron_fipo.rollout.batch import RecordedBatchError
-from megatron_fipo.runtime.errors import NonFiniteError, RunError
+from megatron_fipo.runtime.checkpoint_store import NewerFormatError
+from megatron_fipo.runtime.errors import CheckpointError, NonFiniteError, RunError
 from megatron_fipo.trainer.controller_link import ControllerEndedError
 
 _KNOWN: dict[str, type[ConfigError] | type[RunError]] = {
@@ -18,8 +19,10 @@ _KNOWN: dict[str, type[ConfigError] | type[RunError]] = {
     for kind in (
         ConfigError,
         RunError,
+        CheckpointError,
         ControllerEndedError,
         EndOfPrompts,
+        NewerFormatError,
         NonFiniteError,
         NoSignalError,
         RecordedBatchError,

@@ -1,0 +1,329 @@
+"""A folder of checkpoints, each of which is there complete or not at all.
+
+A checkpoint is written under a hidden name beside its place. Its manifest comes last and names every file with size and
+SHA-256; then the folder takes its name. Written and renamed by rank 0 alone, on a file system that all ranks share.
+"""
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron_fipo
+from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.hashed_file import FileRecord, hash_file, hash_files
+from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.runtime.retention import Retention
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+_NAME = re.compile(r"step_(0|[1-9][0-9]*)")
+_PARTIAL = re.compile(r"\.step_[0-9]+\.(partial|removed)")
+_PACKAGES = ("torch", "megatron-core")
+# What is free must exceed the estimate: file systems need space for themselves.
+_SPARE = 1.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        step: Finished steps.
+        layout: Sizes of the process grid that wrote it.
+        versions: Releases that wrote it, by package.
+        score: What `Retention.keep_best` ranks it by, where there is one.
+        files: Every other file, by its path in the folder.
+    """
+
+    step: int
+    layout: Mapping[str, int]
+    versions: Mapping[str, str]
+    score: float | None
+    files: Mapping[str, FileRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        path: Its folder.
+        manifest: What it says of itself.
+    """
+
+    path: Path
+    manifest: Manifest
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint that a later release wrote."""
+
+
+class CheckpointStore:
+    """The checkpoints of a run; nobody else may write to its folder.
+
+    Args:
+        folder: The folder; made with the first checkpoint.
+        retention: Which checkpoints stay.
+        free_bytes: Free space of the file system that holds a path.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        retention: Retention | None = None,
+        free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
+    ) -> None:
+        self.folder, self.retention, self._free_bytes = folder, retention or Retention(), free_bytes
+
+    def path(self, step: int) -> Path:
+        """Folder of a step's checkpoint."""
+        return self.folder / f"step_{step}"
+
+    def partial(self, step: int) -> Path:
+        """Folder that a step's checkpoint is written into."""
+        return self.folder / f".step_{step}.partial"
+
+    def clean(self) -> list[str]:
+        """Remove what killed saves and removals left behind; at the start of a run.
+
+        Returns:
+            Names of what was removed.
+
+        Raises:
+            CheckpointError: The folder may not be written to.
+        """
+        found = [name for name in self._names() if _PARTIAL.fullmatch(name)]
+        with _told(self.folder, "cannot be cleaned of unfinished checkpoints"):
+            for name in found:
+                shutil.rmtree(self.folder / name)
+        return sorted(found)
+
+    def begin(self, step: int, num_bytes: int) -> Path:
+        """Make the folder that a checkpoint is to be written into.
+
+        Args:
+            step: Finished steps.
+            num_bytes: Estimate of its size.
+
+        Raises:
+            CheckpointError: There is not so much space, or the folder cannot be made.
+        """
+        partial = self.partial(step)
+        with _told(partial, "cannot be made"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = self._free_bytes(self.folder)
+            if free < num_bytes * _SPARE:
+                raise CheckpointError(
+                    f"{self.folder}: {free / 1024**3:.2f} GiB are free and a checkpoint needs "
+                    f"{num_bytes * _SPARE / 1024**3:.2f}; free some space, lower checkpoint.keep_last, or take another "
+                    "output_dir"
+                )
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir()
+        return partial
+
+    def abandon(self, step: int) -> None:
+        """Remove what was written of a checkpoint that failed; a disk that refuses is left to the next `clean`."""
+        shutil.rmtree(self.partial(step), ignore_errors=True)
+
+    def commit(
+        self, step: int, layout: Mapping[str, int], written: Mapping[str, FileRecord], score: float | None = None
+    ) -> Checkpoint:
+        """Complete a checkpoint; when this returns, it is on disk under its name. Then remove those that need not stay.
+
+        Args:
+            step: Finished steps.
+            layout: Sizes of the process grid.
+            written: Files that are on disk already, by path in the folder; others are hashed and waited for here.
+            score: For `Retention.keep_best`; one that is not finite counts as none.
+
+        Raises:
+            CheckpointError: It cannot be completed; there is none of this step then.
+        """
+        partial, path = self.partial(step), self.path(step)
+        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        manifest = Manifest(
+            step=step,
+            layout=dict(layout),
+            versions={"megatron-fipo": megatron_fipo.__version__, **versions},
+            score=score if score is not None and math.isfinite(score) else None,
+            files=self._sealed(partial, written),
+        )
+        with _told(partial, "cannot be completed"):
+            write_json(partial / MANIFEST_FILE, _signed(manifest))
+            if path.exists():
+                _remove(path)
+            partial.rename(path)
+            _sync(self.folder)
+        checkpoint = Checkpoint(path, manifest)
+        self._prune(checkpoint)
+        return checkpoint
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder, ascending; whether they are valid is not looked at."""
+        return sorted(int(found[1]) for name in self._names() if (found := _NAME.fullmatch(name)))
+
+    def read(self, step: int, check_hashes: bool = False) -> Checkpoint:
+        """A checkpoint, checked: manifest, names and sizes, on request every byte.
+
+        Raises:
+            CheckpointError: It is damaged; the text names file and fault.
+            NewerFormatError: A later release wrote it.
+        """
+        path = self.path(step)
+        manifest = _read_manifest(path)
+        if manifest.step != step:
+            raise CheckpointError(f"{path / MANIFEST_FILE}: is of step {manifest.step}; the folder was renamed")
+        with _told(path, "cannot be read"):
+            sizes = {name: (path / name).stat().st_size for name in _files(path)}
+            for name, record in manifest.files.items():
+                if name not in sizes:
+                    raise CheckpointError(f"{path / name}: is missing")
+                if sizes[name] != record.size:
+                    raise CheckpointError(f"{path / name}: has {sizes[name]} bytes where {record.size} were written")
+            for name in sizes.keys() - manifest.files.keys():
+                raise CheckpointError(f"{path / name}: is in no manifest, so it was added later; remove it")
+            if check_hashes:
+                names = list(manifest.files)
+                for name, record in zip(names, hash_files([path / name for name in names]), strict=True):
+                    if record != manifest.files[name]:
+                        raise CheckpointError(f"{path / name}: other bytes than were written (SHA-256 differs)")
+        return Checkpoint(path, manifest)
+
+    def newest_valid(self, check_hashes: bool = True) -> Checkpoint | None:
+        """The newest checkpoint that is not damaged; the log warns of every one that is.
+
+        Args:
+            check_hashes: Whether to read every byte.
+
+        Raises:
+            NewerFormatError: The newest was written by a later release, which is no damage.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self.read(step, check_hashes)
+            except NewerFormatError:
+                raise
+            except CheckpointError as problem:
+                logger.warning("checkpoint of step %d is damaged and left out: %s", step, problem)
+        return None
+
+    def _names(self) -> list[str]:
+        return os.listdir(self.folder) if self.folder.is_dir() else []
+
+    def _sealed(self, partial: Path, written: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+        """Every file with its record, all of them on disk."""
+        with _told(partial, "cannot be completed"):
+            names = _files(partial)
+            for name in written.keys() - names:
+                raise CheckpointError(
+                    f"{partial / name}: was written by another rank and is not to be seen here; output_dir must be on "
+                    "a file system that all nodes share"
+                )
+            for name in names - written.keys():
+                _sync(partial / name)
+            records = {name: written[name] if name in written else hash_file(partial / name) for name in sorted(names)}
+            for name, record in records.items():
+                if (size := (partial / name).stat().st_size) != record.size:
+                    raise CheckpointError(f"{partial / name}: has {size} bytes where {record.size} were written")
+            for folder in (partial, *(each for each in partial.rglob("*") if each.is_dir())):
+                _sync(folder)
+        return records
+
+    def _prune(self, newest: Checkpoint) -> None:
+        """Remove what need not stay; damaged checkpoints are left to a person."""
+        scores = {newest.manifest.step: newest.manifest.score}
+        for step in self.steps():
+            try:
+                scores[step] = self.read(step).manifest.score
+            except CheckpointError as problem:
+                logger.warning("checkpoint of step %d is damaged and left where it is: %s", step, problem)
+        for step in scores.keys() - self.retention.kept(scores) - {newest.manifest.step}:
+            try:
+                _remove(self.path(step))
+            except OSError as error:
+                logger.warning("%s cannot be removed: %s", self.path(step), error)
+
+
+class _told:
+    """Errors of the file system become a CheckpointError that names the place and what helps."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path, self.what = path, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        if not isinstance(error, OSError):
+            return
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way_out = "free some space" if full else "mend its permissions, or take another output_dir"
+        raise CheckpointError(f"{error.filename or self.path}: {self.what} ({error.strerror}); {way_out}") from error
+
+
+def _files(folder: Path) -> set[str]:
+    """Every file but the manifest, by its path in the folder."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return found - {MANIFEST_FILE}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; killed on the way, it leaves none that looks complete."""
+    doomed = path.with_name(f".{path.name}.removed")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _signed(manifest: Manifest) -> dict[str, Any]:
+    content = asdict(manifest)
+    return {"format_version": FORMAT_VERSION, "sha256": _digest(content), **content}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_bytes())
+        version = content.pop("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise NewerFormatError(
+                f"{path}: format version {version}, and this release reads {FORMAT_VERSION}; use the release "
+                f"that wrote it ({content.get('versions', {}).get('megatron-fipo', 'a later one')}) or a later one"
+            )
+        if content.pop("sha256") != _digest(content):
+            raise ValueError("its own SHA-256 differs")
+        files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
+        return Manifest(files=files, **content)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is missing; the folder is no checkpoint") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error

@@ -1,0 +1,174 @@
+"""When a run's checkpoints are written, and what becomes of a failure: the actor's part and the store's, joined."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.actor.checkpoint import ActorCheckpoint, PendingSave, layout_of
+from megatron_fipo.config.checkpoint import CheckpointConfig
+from megatron_fipo.parallel.collectives import broadcast_json, gather_json
+from megatron_fipo.runtime.checkpoint_store import Checkpoint, CheckpointStore
+from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.retention import Retention
+from megatron_fipo.trainer.agreement import on_main_rank
+
+logger = logging.getLogger(__name__)
+
+# The actor's folder in a checkpoint; the rest of the checkpoint is the trainer's.
+ACTOR_FOLDER = "actor"
+# Lines of metrics.jsonl are a few kilobytes; the newest ones lie within this.
+_TAIL_BYTES = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfinished:
+    step: int
+    save: PendingSave
+    score: float | None
+
+
+class Checkpointer:
+    """Writes and reads a run's checkpoints; every method is collective over all ranks.
+
+    Args:
+        config: When, how and how many.
+        actor: Saves and loads the actor.
+        folder: The run's checkpoints, on a file system that all nodes share.
+    """
+
+    def __init__(self, config: CheckpointConfig, actor: ActorCheckpoint, folder: Path) -> None:
+        self.config, self.actor = config, actor
+        retention = Retention(
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            keep_best=config.keep_best,
+            highest_is_best=config.best_is == "highest",
+        )
+        self.store = CheckpointStore(folder, retention)
+        self._unfinished: _Unfinished | None = None
+
+    def restore(self) -> Checkpoint | None:
+        """Bring the actor to the newest valid checkpoint, and remove what killed saves left behind.
+
+        Returns:
+            The checkpoint, on rank 0, whose other files the caller reads; None elsewhere, and where there is none.
+
+        Raises:
+            CheckpointError: It does not fit the actor, or a later release wrote it.
+        """
+        checkpoint = on_main_rank(self._find)
+        path = broadcast_json(None if checkpoint is None else str(checkpoint.path), 0)
+        if path is not None:
+            self.actor.load(Path(path) / ACTOR_FOLDER)
+        return checkpoint
+
+    def _find(self) -> Checkpoint | None:
+        for name in self.store.clean():
+            logger.warning("removed %s, which a save that was killed left behind", self.store.folder / name)
+        return self.store.newest_valid(check_hashes=self.config.verify_on_load)
+
+    def is_due(self, step: int, is_last: bool = False) -> bool:
+        """Whether a checkpoint is to be written after a step."""
+        return self.config.every_steps > 0 and (is_last or step % self.config.every_steps == 0)
+
+    def save(self, step: int, write_files: Callable[[Path], None], metrics_file: Path | None = None) -> bool:
+        """Write a checkpoint: now, or begin to, as configured.
+
+        When this returns, everything is in host memory, and the actor may be moved off the device.
+
+        Args:
+            step: Finished steps.
+            write_files: Puts the trainer's own files into the folder that it is given; called on rank 0.
+            metrics_file: metrics.jsonl, with the step's line in it; read on rank 0 for `keep_best`.
+
+        Returns:
+            Whether it is written or being written.
+
+        Raises:
+            CheckpointError: It cannot be written, and `on_failure` is "stop".
+        """
+        self.finish()
+        try:
+            num_bytes = self.actor.num_bytes
+            on_main_rank(lambda: self._begin(step, num_bytes, write_files))
+            score = self._score(metrics_file, step)
+            save = self.actor.begin_save(self.store.partial(step) / ACTOR_FOLDER)
+        except CheckpointError as error:
+            return self._failed(step, error)
+        self._unfinished = _Unfinished(step, save, score)
+        return self.config.asynchronous or self.finish()
+
+    def _begin(self, step: int, num_bytes: int, write_files: Callable[[Path], None]) -> None:
+        folder = self.store.begin(step, num_bytes)
+        try:
+            (folder / ACTOR_FOLDER).mkdir()
+            write_files(folder)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
+
+    def _score(self, metrics_file: Path | None, step: int) -> float | None:
+        if self.config.keep_best == 0 or metrics_file is None or not metrics_file.is_file():
+            return None
+        return read_score(metrics_file, step, self.config.best_metric)
+
+    def advance(self) -> None:
+        """Complete the save in the background, if all ranks have written their files; after every step.
+
+        Raises:
+            CheckpointError: It could not be written, and `on_failure` is "stop".
+        """
+        if self._unfinished is not None and all(gather_json(self._unfinished.save.is_done)):
+            self.finish()
+
+    def finish(self) -> bool:
+        """Wait for the save in the background, and complete it.
+
+        Returns:
+            False where it failed.
+
+        Raises:
+            CheckpointError: It could not be written, and `on_failure` is "stop".
+        """
+        if self._unfinished is None:
+            return True
+        unfinished, self._unfinished = self._unfinished, None
+        try:
+            files = unfinished.save.finish()
+            written = {f"{ACTOR_FOLDER}/{name}": record for name, record in files.items()}
+            layout = layout_of(self.actor.context)
+            on_main_rank(lambda: self.store.commit(unfinished.step, layout, written, unfinished.score))
+        except CheckpointError as error:
+            return self._failed(unfinished.step, error)
+        return True
+
+    def _failed(self, step: int, error: CheckpointError) -> bool:
+        on_main_rank(lambda: self.store.abandon(step))
+        if self.config.on_failure == "stop":
+            raise error
+        if self.actor.context.rank == 0:
+            logger.warning("no checkpoint of step %d: %s", step, error)
+        return False
+
+
+def read_score(metrics_file: Path, step: int, metric: str) -> float | None:
+    """A step's metric from the end of metrics.jsonl; None where it has none.
+
+    Args:
+        metrics_file: The file.
+        step: The step.
+        metric: Key of the metric.
+    """
+    with metrics_file.open("rb") as file:
+        file.seek(max(0, metrics_file.stat().st_size - _TAIL_BYTES))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            told: Any = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(told, dict) and told.get("step") == step and isinstance(told.get(metric), int | float):
+            return float(told[metric])
+    return None

@@ -1,0 +1,289 @@
+"""Checkpoints of the actor: the same bits in the same process grid, the same next update in any other."""
+
+import os
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_fipo.actor.checkpoint import ActorCheckpoint
+from megatron_fipo.actor.micro_batch import MicroBatch
+from megatron_fipo.actor.offload import ActorMemory
+from megatron_fipo.actor.optimizer import ActorOptimizer
+from megatron_fipo.actor.random_states import pack_random_states
+from megatron_fipo.actor.train_step import TrainStep, UpdateResult
+from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.hashed_file import HashedFile
+from tests.checkpoint_tensors import checkpoint_tensors
+from tests.distributed_helpers import run_distributed
+from tests.invariance.grid import Combination
+from tests.invariance.updates import (
+    ALGORITHMS,
+    BUDGETS,
+    OPTIMIZERS,
+    SEEDS,
+    micro_batches,
+    ragged_batch,
+    write_models,
+)
+from tests.tiny_actors import TinyActor, bits, tiny_actor
+
+pytestmark = pytest.mark.distributed
+
+SINGLE = Combination()
+MOE = Combination(model="moe")
+SHARDED = {"distributed_optimizer": True}
+
+# Each is loaded by the next one, and saved by it without an update in between.
+CHAINS: dict[str, list[Combination]] = {
+    "dense": [
+        SINGLE,
+        replace(SINGLE, tensor=(2, True), data=2, **SHARDED),
+        replace(SINGLE, pipeline=(2, 2), context=2, **SHARDED),
+        replace(SINGLE, data=2, **SHARDED),
+        replace(SINGLE, tensor=(2, False)),
+    ],
+    "moe": [
+        MOE,
+        replace(MOE, tensor=(2, True), data=2, expert=2, expert_tensor=2, **SHARDED),
+        replace(MOE, context=2, data=2, expert=2, **SHARDED),
+        replace(MOE, data=2, expert=2, **SHARDED),
+        replace(MOE, pipeline=(2, 1)),
+    ],
+}
+
+
+@dataclass
+class Trainee:
+    """An actor with what its updates need, whose batch is of the weights that it was built with."""
+
+    actor: TinyActor
+    optimizer: ActorOptimizer
+    train_step: TrainStep
+    updates: list[list[MicroBatch]]
+    checkpoint: ActorCheckpoint
+
+    def state(self) -> list[bytes]:
+        """All that this rank would have to restore, but for the model's own weights."""
+        tensors = [each for chunk in self.actor.chunks for each in chunk.parameters()]
+        tensors += list(self.optimizer.state_tensors())
+        told = [
+            str(self.optimizer.num_steps),
+            str(self.optimizer.learning_rate),
+            str(self.optimizer.schedule.num_steps),
+        ]
+        return [*(bits(each).numpy().tobytes() for each in tensors), *(each.encode() for each in told)]
+
+
+@contextmanager
+def trainee(root: Path, combination: Combination, dtype: str = "float32") -> Iterator[Trainee]:
+    torch.use_deterministic_algorithms(True)
+    parallelism = combination.parallelism | {"max_tokens_per_micro_batch": BUDGETS["large"]}
+    with tiny_actor(root / combination.model, parallelism, dtype=dtype) as actor:
+        settings = replace(OPTIMIZERS[combination.model], warmup_steps=3)
+        optimizer = ActorOptimizer(actor.chunks, settings, actor.provider.bf16)
+        train_step = TrainStep(actor.forward, optimizer, ALGORITHMS["fipo"], actor.context)
+        updates = micro_batches(actor, combination)
+        for update in updates:
+            for micro_batch, log_probs in zip(update, actor.forward.log_probs(update), strict=False):
+                micro_batch.old_log_probs = log_probs
+        checkpoint = ActorCheckpoint(actor.chunks, optimizer, actor.context)
+        yield Trainee(actor, optimizer, train_step, updates, checkpoint)
+
+
+def save(trainee: Trainee, folder: Path) -> dict[str, str]:
+    """Save and wait; hashes of the ranks' files, on rank 0."""
+    make(folder)
+    files = trainee.checkpoint.begin_save(folder).finish()
+    return {name: record.sha256 for name, record in files.items()}
+
+
+def make(folder: Path) -> None:
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoints")
+    write_models(root)
+    return root
+
+
+def walk(root: Path, links: Sequence[tuple[Combination, str, str]]) -> list[UpdateResult]:
+    """Load each link's checkpoint (or take the first update), save again, and take the second update."""
+    results = []
+    for combination, source, target in links:
+        with trainee(root, combination) as each:
+            if source:
+                each.checkpoint.load(root / source)
+            else:
+                each.train_step.update(each.updates[0])
+            save(each, root / target)
+            results.append(each.train_step.update(each.updates[1]))
+    return results
+
+
+@pytest.fixture(scope="module")
+def walks(root: Path) -> dict[str, list[UpdateResult]]:
+    """The second update of every link of both chains, which run side by side on the ranks of each length."""
+    results: dict[str, list[UpdateResult]] = {model: [] for model in CHAINS}
+    places = dict.fromkeys(CHAINS, 0)
+    while any(places[model] < len(CHAINS[model]) for model in CHAINS):
+        world_size = next(CHAINS[model][place].world_size for model, place in places.items())
+        links: list[tuple[str, tuple[Combination, str, str]]] = []
+        for model, chain in CHAINS.items():
+            while places[model] < len(chain) and chain[places[model]].world_size == world_size:
+                place = places[model]
+                source = f"{model}_{place - 1}" if place else ""
+                links.append((model, (chain[place], source, f"{model}_{place}")))
+                places[model] += 1
+        outcomes = run_distributed(walk, world_size, root, [link for _, link in links])[0]
+        for (model, _), outcome in zip(links, outcomes, strict=True):
+            results[model].append(outcome)
+    return results
+
+
+@pytest.mark.parametrize(("model", "place"), [(model, place) for model in CHAINS for place in range(1, 5)])
+def test_another_grid_takes_the_same_next_step(
+    root: Path, walks: dict[str, list[UpdateResult]], model: str, place: int
+) -> None:
+    first, other = walks[model][0], walks[model][place]
+    scale = float(np.abs(ragged_batch(SEEDS[model]).advantages).mean())
+    print(f"{CHAINS[model][place]}: loss {abs(other.loss - first.loss) / scale:.1e} · mean|A|")
+    assert other.applied and other.learning_rate == first.learning_rate
+    assert abs(other.loss - first.loss) <= 1e-6 * scale
+    assert other.grad_norm == pytest.approx(first.grad_norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("model", list(CHAINS))
+def test_what_is_saved_does_not_depend_on_the_grid(
+    root: Path, walks: dict[str, list[UpdateResult]], model: str
+) -> None:
+    first = checkpoint_tensors(root / f"{model}_0")
+    assert sum(name.startswith("optimizer.state.") for name in first) == 2 * len(first) / 3
+    for place in range(1, len(CHAINS[model])):
+        other = checkpoint_tensors(root / f"{model}_{place}")
+        assert other.keys() == first.keys(), CHAINS[model][place]
+        for name, tensor in first.items():
+            assert torch.equal(bits(tensor), bits(other[name])), f"{CHAINS[model][place]}: {name}"
+
+
+GRIDS = [
+    (replace(SINGLE, tensor=(2, True), data=2, **SHARDED), "float32"),
+    (replace(SINGLE, pipeline=(2, 2), data=2), "float32"),
+    (replace(SINGLE, data=4, **SHARDED), "bfloat16"),
+    (replace(MOE, data=4, expert=2, **SHARDED), "float32"),
+]
+
+
+def resume(root: Path) -> list[str]:
+    """Every way in which a resumed actor differs from the one that went on."""
+    faults = []
+    for number, (combination, dtype) in enumerate(GRIDS):
+        folder = root / f"resumed_{number}"
+        with trainee(root, combination, dtype) as each:
+            each.train_step.update(each.updates[0])
+            torch.rand(7 + dist.get_rank()), np.random.rand(3), random.gauss(0, 1)
+            save(each, folder)
+            wanted = [each.state(), pack_random_states()]
+            losses = [each.train_step.update(update).loss for update in each.updates[1:]]
+            end = each.state()
+        with trainee(root, combination, dtype) as each:
+            each.checkpoint.load(folder)
+            if [each.state()] != wanted[:1]:
+                faults.append(f"{combination} {dtype}: state")
+            if not torch.equal(pack_random_states(), wanted[1]):
+                faults.append(f"{combination} {dtype}: random states")
+            if [each.train_step.update(update).loss for update in each.updates[1:]] != losses:
+                faults.append(f"{combination} {dtype}: losses of the next updates")
+            if each.state() != end:
+                faults.append(f"{combination} {dtype}: state after them")
+    return faults
+
+
+def test_the_same_grid_goes_on_bit_by_bit(root: Path) -> None:
+    assert run_distributed(resume, 4, root) == [[]] * 4
+
+
+def save_both_ways(root: Path) -> list[str]:
+    faults = []
+    with trainee(root, replace(SINGLE, data=2, **SHARDED)) as each:
+        each.train_step.update(each.updates[0])
+        at_once = save(each, root / "at_once")
+        make(root / "behind")
+        pending = each.checkpoint.begin_save(root / "behind")
+        # The actor goes on, and off the device, while the files are written.
+        each.train_step.update(each.updates[1])
+        memory = ActorMemory(each.actor.chunks, each.optimizer)
+        memory.offload_optimizer()
+        memory.offload_parameters()
+        behind = {name: record.sha256 for name, record in pending.finish().items()}
+        memory.restore()
+        if at_once != behind:
+            faults.append("files differ")
+        names = ("state.json", "metadata.json", ".metadata")
+        if any((root / "at_once" / name).read_bytes() != (root / "behind" / name).read_bytes() for name in names):
+            faults.append("index or state differs")
+        again = save(each, root / "again")
+        if set(again.values()) & set(at_once.values()):
+            faults.append("the later save holds the earlier state")
+        each.train_step.update(each.updates[2])
+        each.checkpoint.load(root / "again")
+        if save(each, root / "reloaded") != again:
+            faults.append("loading does not undo an update")
+    return faults
+
+
+def test_behind_the_training_the_same_bytes_are_written(root: Path) -> None:
+    assert run_distributed(save_both_ways, 2, root) == [[], []]
+
+
+def refuse_strangers(root: Path, folder: Path) -> list[str]:
+    """What is said of checkpoints that cannot be loaded."""
+    told = []
+
+    def refused(combination: Combination, source: Path, dtype: str = "float32") -> None:
+        with trainee(root, combination, dtype) as each, pytest.raises(CheckpointError) as caught:
+            each.checkpoint.load(source)
+        told.append(str(caught.value))
+
+    with trainee(root, SINGLE) as each:
+        # Before the first update there are no moments yet.
+        save(each, folder)
+        index = (folder / ".metadata").read_bytes()
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            (folder / ".metadata").write_bytes(index[:-40])
+            each.checkpoint.load(folder)
+        (folder / ".metadata").write_bytes(index)
+        each.checkpoint.load(folder)
+    refused(MOE, folder)
+    refused(SINGLE, folder, "bfloat16")
+    return told
+
+
+def test_another_models_checkpoint_is_refused(root: Path, tmp_path: Path) -> None:
+    (told,) = run_distributed(refuse_strangers, 1, root, tmp_path / "saved")
+    assert "is of another model: it has no decoder.layers.0" in told[0]
+    assert "is of another precision" in told[1] and "torch.float32 there and torch.bfloat16 here" in told[1]
+
+
+def die_while_writing(root: Path, folder: Path) -> None:
+    write = HashedFile.write
+
+    def killed(file: HashedFile, data: bytes) -> int:
+        if dist.get_rank() == 1 and file.size > 100_000:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(file, data)
+
+    with trainee(root, replace(SINGLE, data=2, **SHARDED)) as each:
+        HashedFile.write = killed  # type: ignore[method-assign]
+        each.checkpoint.begin_save(folder).finish()
