@@ -30,6 +30,7 @@ _ALLOWED = frozenset(
         *((_METADATA, name) for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata")),
         *((_METADATA, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING", "MetadataIndex", "StorageMeta")),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("pathlib", "PosixPath"),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
         *(("torch", str(each).removeprefix("torch.")) for each in _DTYPES),
