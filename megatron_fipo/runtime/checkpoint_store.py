@@ -198,30 +198,33 @@ class CheckpointStore:
                     raise CheckpointError(f"{path / name}: has {sizes[name]} bytes where {record.size} were written")
             for name in sizes.keys() - manifest.files.keys():
                 raise CheckpointError(f"{path / name}: is in no manifest, so it was added later; remove it")
-            if check_hashes:
-                names = list(manifest.files)
-                for name, record in zip(names, hash_files([path / name for name in names]), strict=True):
-                    if record != manifest.files[name]:
-                        raise CheckpointError(f"{path / name}: other bytes than were written (SHA-256 differs)")
+        if check_hashes:
+            check_bytes(path, manifest.files)
         return Checkpoint(path, manifest)
 
-    def newest_valid(self, check_hashes: bool = True) -> Checkpoint | None:
+    def newest_valid(self, check_hashes: bool = True, before: int | None = None) -> Checkpoint | None:
         """The newest checkpoint that is not damaged; the log warns of every one that is.
 
         Args:
             check_hashes: Whether to read every byte.
+            before: Look at older ones than of this step alone.
 
         Raises:
             NewerFormatError: The newest was written by a later release, which is no damage.
         """
-        for step in reversed(self.steps()):
+        for step in reversed([each for each in self.steps() if before is None or each < before]):
             try:
                 return self.read(step, check_hashes)
             except NewerFormatError:
                 raise
             except CheckpointError as problem:
-                logger.warning("checkpoint of step %d is damaged and left out: %s", step, problem)
+                self.warn_of(step, problem)
         return None
+
+    @staticmethod
+    def warn_of(step: int, problem: object) -> None:
+        """Tell that a checkpoint is not used, and why."""
+        logger.warning("checkpoint of step %d is damaged and left out: %s", step, problem)
 
     def _names(self) -> list[str]:
         return os.listdir(self.folder) if self.folder.is_dir() else []
@@ -258,6 +261,22 @@ class CheckpointStore:
                 _remove(self.path(step))
             except OSError as error:
                 logger.warning("%s cannot be removed: %s", self.path(step), error)
+
+
+def check_bytes(path: Path, files: Mapping[str, FileRecord]) -> None:
+    """Compare files of a checkpoint with what was written.
+
+    Args:
+        path: The checkpoint.
+        files: From its manifest, all or some.
+
+    Raises:
+        CheckpointError: One has other bytes, or cannot be read.
+    """
+    with _told(path, "cannot be read"):
+        for name, record in zip(files, hash_files([path / name for name in files]), strict=True):
+            if record != files[name]:
+                raise CheckpointError(f"{path / name}: other bytes than were written (SHA-256 differs)")
 
 
 class _told:
