@@ -274,6 +274,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
         state: dict[str, Any] = json.loads(path.read_bytes())
+        if not isinstance(state, dict) or "layout" not in state:
+            raise ValueError("it is something else")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     return state
