@@ -64,7 +64,7 @@ class RunConfig:
     """Held-out accuracy."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Exports."""
+    """Checkpoints and the export."""
 
     metrics: MetricsConfig = MetricsConfig()
     """Metrics and samples."""

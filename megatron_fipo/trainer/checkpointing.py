@@ -2,16 +2,18 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_fipo.actor.checkpoint import ActorCheckpoint, PendingSave, layout_of
 from megatron_fipo.config.checkpoint import CheckpointConfig
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
-from megatron_fipo.runtime.checkpoint_store import Checkpoint, CheckpointStore
+from megatron_fipo.runtime.checkpoint_store import Checkpoint, CheckpointStore, check_bytes
 from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.hashed_file import FileRecord
 from megatron_fipo.runtime.retention import Retention
 from megatron_fipo.trainer.agreement import on_main_rank
 
@@ -59,16 +61,38 @@ class Checkpointer:
         Raises:
             CheckpointError: It does not fit the actor, or a later release wrote it.
         """
-        checkpoint = on_main_rank(self._find)
-        path = broadcast_json(None if checkpoint is None else str(checkpoint.path), 0)
-        if path is not None:
-            self.actor.load(Path(path) / ACTOR_FOLDER)
-        return checkpoint
+        on_main_rank(self._clean)
+        before: int | None = None
+        while True:
+            checkpoint = on_main_rank(partial(self.store.newest_valid, check_hashes=False, before=before))
+            manifest = None if checkpoint is None else checkpoint.manifest
+            told = broadcast_json(None if manifest is None else [manifest.step, _listed(manifest.files)], 0)
+            if told is None:
+                return None
+            step, files = told
+            if not self._is_damaged(step, files):
+                self.actor.load(self.store.path(step) / ACTOR_FOLDER)
+                return checkpoint
+            before = step
 
-    def _find(self) -> Checkpoint | None:
+    def _clean(self) -> None:
         for name in self.store.clean():
             logger.warning("removed %s, which a save that was killed left behind", self.store.folder / name)
-        return self.store.newest_valid(check_hashes=self.config.verify_on_load)
+
+    def _is_damaged(self, step: int, files: Sequence[Any]) -> bool:
+        """Whether a file has other bytes than were written; every rank reads a share of them."""
+        if not self.config.verify_on_load:
+            return False
+        context, problem = self.actor.context, ""
+        mine = {name: FileRecord(*record) for name, *record in files[context.rank :: context.world_size]}
+        try:
+            check_bytes(self.store.path(step), mine)
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [each for each in gather_json(problem) if each]
+        if problems and context.rank == 0:
+            self.store.warn_of(step, "; ".join(problems))
+        return bool(problems)
 
     def is_due(self, step: int, is_last: bool = False) -> bool:
         """Whether a checkpoint is to be written after a step."""
@@ -114,13 +138,18 @@ class Checkpointer:
             return None
         return read_score(metrics_file, step, self.config.best_metric)
 
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank writes nothing in the background; no rank talks to another."""
+        return self._unfinished is None or self._unfinished.save.is_done
+
     def advance(self) -> None:
         """Complete the save in the background, if all ranks have written their files; after every step.
 
         Raises:
             CheckpointError: It could not be written, and `on_failure` is "stop".
         """
-        if self._unfinished is not None and all(gather_json(self._unfinished.save.is_done)):
+        if self._unfinished is not None and all(gather_json(self.is_written)):
             self.finish()
 
     def finish(self) -> bool:
@@ -151,6 +180,12 @@ class Checkpointer:
         if self.actor.context.rank == 0:
             logger.warning("no checkpoint of step %d: %s", step, error)
         return False
+
+
+def _listed(files: Mapping[str, FileRecord]) -> list[tuple[str, int, str]]:
+    """Name, size and hash of each file, the large ones apart from each other."""
+    by_size = sorted(files.items(), key=lambda each: -each[1].size)
+    return [(name, record.size, record.sha256) for name, record in by_size]
 
 
 def read_score(metrics_file: Path, step: int, metric: str) -> float | None:

@@ -763,6 +763,15 @@ def test_a_minimal_file_is_the_configuration_it_says(config_file: Path) -> None:
             "optimizer.learning_rate = 0.0: must be positive and finite; choose a small positive number, such as 1e-6",
         ),
         (
+            ["--checkpoint.keep_last", "0"],
+            "checkpoint.keep_last = 0: must be at least 1; set it to 1 or more",
+        ),
+        (
+            ["--checkpoint.keep_best", "1"],
+            "checkpoint.best_metric = '': must be given with keep_best above 0 and only then (keep_best is 1); name a "
+            "metric of metrics.jsonl, or set keep_best to 0",
+        ),
+        (
             ["--rollout.policy_lag", "2"],
             "rollout.policy_lag = 2: must be 0 with the embedded engine, which shares the trainer's processes; set it "
             'to 0, or rollout.engine to "sglang"',
