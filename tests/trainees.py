@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,10 +41,10 @@ class Trainee:
 
 
 @contextmanager
-def trainee(root: Path, combination: Combination, dtype: str = "float32") -> Iterator[Trainee]:
+def trainee(root: Path, combination: Combination, dtype: str = "float32", **model: Any) -> Iterator[Trainee]:
     torch.use_deterministic_algorithms(True)
     parallelism = combination.parallelism | {"max_tokens_per_micro_batch": BUDGETS["large"]}
-    with tiny_actor(root / combination.model, parallelism, dtype=dtype) as actor:
+    with tiny_actor(root / combination.model, parallelism, dtype=dtype, **model) as actor:
         settings = replace(OPTIMIZERS[combination.model], warmup_steps=3)
         optimizer = ActorOptimizer(actor.chunks, settings, actor.provider.bf16)
         train_step = TrainStep(actor.forward, optimizer, ALGORITHMS["fipo"], actor.context)

@@ -97,7 +97,11 @@ class ActorCheckpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Size of a checkpoint."""
+        """Size of a checkpoint, a little more than less.
+
+        Raises:
+            RunError: The actor is off the device.
+        """
         return self._planned().num_bytes
 
     def begin_save(self, folder: Path) -> "PendingSave":
@@ -111,7 +115,6 @@ class ActorCheckpoint:
         Raises:
             RunError: The actor is off the device.
         """
-        self._require_resident()
         plan = self._planned()
         plan.random_states.copy_(pack_random_states())
         plan.writer.begin(folder)
@@ -148,6 +151,7 @@ class ActorCheckpoint:
             logger.warning("%s was written by another process grid: random states begin anew", folder)
 
     def _planned(self) -> _Plan:
+        self._require_resident()
         if self._plan is None:
             self._plan = self._make_plan()
         return self._plan

@@ -15,6 +15,7 @@ from megatron_fipo.actor.checkpoint import ActorCheckpoint
 from megatron_fipo.actor.offload import ActorMemory
 from megatron_fipo.actor.random_states import pack_random_states
 from megatron_fipo.actor.train_step import UpdateResult
+from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.runtime.errors import CheckpointError
 from tests.checkpoint_tensors import checkpoint_tensors
 from tests.distributed_helpers import run_distributed
@@ -176,6 +177,35 @@ def save_with_main_weights(root: Path) -> list[bool]:
 
 def test_main_weights_of_bfloat16_do_not_depend_on_the_grid(root: Path) -> None:
     assert run_distributed(save_with_main_weights, 2, root)[0] == [True, True]
+
+
+def save_shared_experts(root: Path, links: Sequence[tuple[Combination, str, str]]) -> None:
+    # No model folder of the supported families has shared experts, so they are as they were drawn.
+    HfBridge.load = lambda *_: None  # type: ignore[method-assign, assignment]
+    for combination, source, target in links:
+        overrides = {"moe_shared_expert_intermediate_size": 80}
+        with trainee(root, combination, transformer_config_overrides=overrides) as each:
+            if source:
+                each.checkpoint.load(root / source)
+            else:
+                each.train_step.update(each.updates[0])
+            save(each, root / target)
+
+
+def test_shared_experts_do_not_depend_on_the_grid(root: Path) -> None:
+    cut = replace(MOE, tensor=(2, True), expert=2, expert_tensor=1)
+    run_distributed(save_shared_experts, 1, root, [(MOE, "", "shared_whole")])
+    run_distributed(
+        save_shared_experts,
+        2,
+        root,
+        [(cut, "shared_whole", "shared_cut"), (replace(MOE, data=2, **SHARDED), "shared_cut", "shared_data")],
+    )
+    whole = checkpoint_tensors(root / "shared_whole")
+    assert len([name for name in whole if ".shared_experts." in name]) == 4 * 3 * 3
+    for other in (checkpoint_tensors(root / name) for name in ("shared_cut", "shared_data")):
+        assert other.keys() == whole.keys()
+        assert all(torch.equal(bits(tensor), bits(other[name])) for name, tensor in whole.items())
 
 
 def save_both_ways(root: Path) -> list[str]:
