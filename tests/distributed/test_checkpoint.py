@@ -1,6 +1,8 @@
 """Checkpoints of the actor: the same bits in the same process grid, the same next update in any other."""
 
 import random
+import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fipo.actor.checkpoint import ActorCheckpoint
+from megatron_fipo.actor.checkpoint_writer import StagedWriter
 from megatron_fipo.actor.offload import ActorMemory
 from megatron_fipo.actor.random_states import pack_random_states
 from megatron_fipo.actor.train_step import UpdateResult
@@ -19,7 +22,7 @@ from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.runtime.errors import CheckpointError
 from tests.checkpoint_tensors import checkpoint_tensors
 from tests.distributed_helpers import run_distributed
-from tests.invariance.grid import Combination
+from tests.invariance.grid import QUICK_LEVELS, Combination, structures
 from tests.invariance.updates import SEEDS, ragged_batch, write_models
 from tests.tiny_actors import bits
 from tests.trainees import make, save, trainee
@@ -115,6 +118,35 @@ def test_what_is_saved_does_not_depend_on_the_grid(
         assert other.keys() == first.keys(), CHAINS[model][place]
         for name, tensor in first.items():
             assert torch.equal(bits(tensor), bits(other[name])), f"{CHAINS[model][place]}: {name}"
+
+
+def save_again(root: Path, combinations: Sequence[Combination]) -> list[str]:
+    """Load the chains' first checkpoints in other grids and save them; every way in which these differ."""
+    faults = []
+    for number, combination in enumerate(combinations):
+        folder = root / f"again_{dist.get_world_size()}_{number}"
+        with trainee(root, combination) as each:
+            each.checkpoint.load(root / f"{combination.model}_0")
+            save(each, folder)
+        if dist.get_rank() == 0:
+            first, other = checkpoint_tensors(root / f"{combination.model}_0"), checkpoint_tensors(folder)
+            if first.keys() != other.keys():
+                faults.append(f"{combination}: names")
+            faults += [
+                f"{combination}: {name}"
+                for name in first.keys() & other.keys()
+                if not torch.equal(bits(first[name]), bits(other[name]))
+            ]
+            shutil.rmtree(folder)
+    return faults
+
+
+@pytest.mark.exhaustive
+def test_every_grid_reads_and_writes_the_same(root: Path, walks: dict[str, list[UpdateResult]]) -> None:
+    combinations = structures(QUICK_LEVELS)
+    for world_size in sorted({each.world_size for each in combinations}):
+        here = [each for each in combinations if each.world_size == world_size]
+        assert run_distributed(save_again, world_size, root, here, timeout_s=580.0)[0] == []
 
 
 GRIDS = [
@@ -214,6 +246,8 @@ def save_both_ways(root: Path) -> list[str]:
         each.train_step.update(each.updates[0])
         at_once = save(each, root / "at_once")
         make(root / "behind")
+        gate, write = threading.Event(), StagedWriter._write
+        StagedWriter._write = lambda writer: gate.wait() and write(writer)  # type: ignore[method-assign]
         pending = each.checkpoint.begin_save(root / "behind")
         if psutil.Process().children():
             faults.append("a save has a process of its own, which a killed rank would leave behind")
@@ -222,6 +256,9 @@ def save_both_ways(root: Path) -> list[str]:
         memory = ActorMemory(each.actor.chunks, each.optimizer)
         memory.offload_optimizer()
         memory.offload_parameters()
+        if pending.is_done:
+            faults.append("a save that has not begun to write says that it is done")
+        gate.set()
         behind = {name: record.sha256 for name, record in pending.finish().items()}
         memory.restore()
         if at_once != behind:
