@@ -13,7 +13,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ class CheckpointStore:
         partial = self.partial(step)
         with _told(partial, "cannot be made"):
             self.folder.mkdir(parents=True, exist_ok=True)
+            if partial.exists():
+                shutil.rmtree(partial)
             free = self._free_bytes(self.folder)
             if free < num_bytes * _SPARE:
                 raise CheckpointError(
@@ -132,8 +135,6 @@ class CheckpointStore:
                     f"{num_bytes * _SPARE / 1024**3:.2f}; free some space, lower checkpoint.keep_last, or take another "
                     "output_dir"
                 )
-            if partial.exists():
-                shutil.rmtree(partial)
             partial.mkdir()
         return partial
 
@@ -173,6 +174,28 @@ class CheckpointStore:
         checkpoint = Checkpoint(path, manifest)
         self._prune(checkpoint)
         return checkpoint
+
+    def set_aside_after(self, step: int) -> list[str]:
+        """Rename later checkpoints, so that a run that goes on from this step is not mixed up with the one before.
+
+        Args:
+            step: The step that the run goes on from.
+
+        Returns:
+            Their new names.
+
+        Raises:
+            CheckpointError: The folder may not be written to.
+        """
+        renamed = []
+        with _told(self.folder, "cannot be written"):
+            for later in (each for each in self.steps() if each > step):
+                aside = self.folder / f"{self.path(later).name}.set_aside"
+                if aside.exists():
+                    shutil.rmtree(aside)
+                self.path(later).rename(aside)
+                renamed.append(aside.name)
+        return renamed
 
     def steps(self) -> list[int]:
         """Steps that have a folder, ascending; whether they are valid is not looked at."""
@@ -279,21 +302,15 @@ def check_bytes(path: Path, files: Mapping[str, FileRecord]) -> None:
                 raise CheckpointError(f"{path / name}: other bytes than were written (SHA-256 differs)")
 
 
-class _told:
+@contextmanager
+def _told(path: Path, what: str) -> Iterator[None]:
     """Errors of the file system become a CheckpointError that names the place and what helps."""
-
-    def __init__(self, path: Path, what: str) -> None:
-        self.path, self.what = path, what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
-        if not isinstance(error, OSError):
-            return
+    try:
+        yield
+    except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         way_out = "free some space" if full else "mend its permissions, or take another output_dir"
-        raise CheckpointError(f"{error.filename or self.path}: {self.what} ({error.strerror}); {way_out}") from error
+        raise CheckpointError(f"{error.filename or path}: {what} ({error.strerror}); {way_out}") from error
 
 
 def _files(folder: Path) -> set[str]:

@@ -53,7 +53,9 @@ class Checkpointer:
         self._unfinished: _Unfinished | None = None
 
     def restore(self) -> Checkpoint | None:
-        """Bring the actor to the newest valid checkpoint, and remove what killed saves left behind.
+        """Bring the actor to the newest valid checkpoint.
+
+        What killed saves left behind is removed, and damaged checkpoints of later steps are renamed.
 
         Returns:
             The checkpoint, on rank 0, whose other files the caller reads; None elsewhere, and where there is none.
@@ -72,12 +74,17 @@ class Checkpointer:
             step, files = told
             if not self._is_damaged(step, files):
                 self.actor.load(self.store.path(step) / ACTOR_FOLDER)
+                on_main_rank(partial(self._set_aside, step))
                 return checkpoint
             before = step
 
     def _clean(self) -> None:
         for name in self.store.clean():
             logger.warning("removed %s, which a save that was killed left behind", self.store.folder / name)
+
+    def _set_aside(self, step: int) -> None:
+        for name in self.store.set_aside_after(step):
+            logger.warning("going on from step %d; a damaged checkpoint of a later step is now called %s", step, name)
 
     def _is_damaged(self, step: int, files: Sequence[Any]) -> bool:
         """Whether a file has other bytes than were written; every rank reads a share of them."""

@@ -92,8 +92,9 @@ def flip_a_byte(path: Path) -> None:
 def test_the_newest_valid_checkpoint_is_found_again(root: Path, tmp_path: Path) -> None:
     first, other = run_distributed(train_and_find_again, 2, root, tmp_path / "checkpoints")
     (whole, damaged), names = first
-    assert whole == (3, True, []) and damaged[:2] == (2, True) and names == ["step_2", "step_3"]
-    (warning,) = damaged[2]
+    assert whole == (3, True, []) and damaged[:2] == (2, True) and names == ["step_2", "step_3.set_aside"]
+    warning, renamed = damaged[2]
+    assert renamed.endswith("is now called step_3.set_aside")
     assert warning.startswith("checkpoint of step 3 is damaged and left out") and "__1_0.distcp: other bytes" in warning
     assert other[0] == [(None, True, []), (None, True, [])]
 

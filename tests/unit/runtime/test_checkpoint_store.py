@@ -215,6 +215,16 @@ def test_those_that_need_not_stay_are_removed(tmp_path: Path, caplog: pytest.Log
     assert "checkpoint of step 7 is damaged and left where it is" in caplog.text
 
 
+def test_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, ALL)
+    for step in (1, 2, 3):
+        write(store, step)
+    assert store.set_aside_after(1) == ["step_2.set_aside", "step_3.set_aside"]
+    write(store, 2)
+    assert store.set_aside_after(1) == ["step_2.set_aside"], "in place of the one before"
+    assert store.set_aside_after(1) == [] and store.steps() == [1] and store.clean() == []
+
+
 def test_no_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", free_bytes=lambda path: 3 * 1024**3)
     with pytest.raises(CheckpointError, match=r"3.00 GiB are free and a checkpoint needs 4.08; free some space"):
