@@ -61,12 +61,12 @@ class Checkpointer:
             The checkpoint, on rank 0, whose other files the caller reads; None elsewhere, and where there is none.
 
         Raises:
-            CheckpointError: It does not fit the actor, or a later release wrote it.
+            CheckpointError: It does not fit the actor, a later release wrote it, or there are only damaged ones.
         """
         on_main_rank(self._clean)
         before: int | None = None
         while True:
-            checkpoint = on_main_rank(partial(self.store.newest_valid, check_hashes=False, before=before))
+            checkpoint = on_main_rank(partial(self._newest, before))
             manifest = None if checkpoint is None else checkpoint.manifest
             told = broadcast_json(None if manifest is None else [manifest.step, _listed(manifest.files)], 0)
             if told is None:
@@ -81,6 +81,15 @@ class Checkpointer:
     def _clean(self) -> None:
         for name in self.store.clean():
             logger.warning("removed %s, which a save that was killed left behind", self.store.folder / name)
+
+    def _newest(self, before: int | None) -> Checkpoint | None:
+        found, steps = self.store.newest_valid(check_hashes=False, before=before), self.store.steps()
+        if found is None and steps:
+            raise CheckpointError(
+                f"{self.store.folder}: none of its {len(steps)} checkpoints is whole; remove it to begin anew, or "
+                "bring back a copy"
+            )
+        return found
 
     def _set_aside(self, step: int) -> None:
         for name in self.store.set_aside_after(step):

@@ -80,7 +80,14 @@ def train_and_find_again(root: Path, folder: Path) -> list[Any]:
             if checkpoint is not None:
                 told = json.loads((checkpoint.path / "trainer.json").read_text())["step"]
             found.append((told, each.state() == states[2 if damage else 3], kept))
-    return [found, sorted(path.name for path in folder.iterdir())]
+    names = sorted(path.name for path in folder.iterdir())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        flip_a_byte(folder / "step_2" / "actor" / "__0_0.distcp")
+    dist.barrier()
+    with trainee(root, GRID) as each, pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
+        checkpointer(each, folder).restore()
+    return [found, names]
 
 
 def flip_a_byte(path: Path) -> None:
