@@ -5,7 +5,7 @@ Nothing here waits for real, and nothing depends on how busy the machine is.
 
 import asyncio
 import selectors
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -266,6 +266,9 @@ class SimulatedPrompts:
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_drawn": self.num_drawn}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.num_drawn = state["num_drawn"]
 
 
 def number_of(prompt_id: str) -> int:

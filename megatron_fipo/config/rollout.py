@@ -51,10 +51,6 @@ class RolloutConfig:
     replay_routing: bool = False
     """Mixture of experts: the trainer sends each token to the experts that the engine chose (R3). SGLang only."""
 
-    journal_steps: int = 8
-    """Batches of SGLang's that stay on disk, in `journal/` of the run directory; 0 keeps all. A batch is 12 bytes for
-    each response token, with replay_routing also a byte for each token, layer and expert."""
-
     max_generation_rounds: int = 10
     """With dynamic sampling: rounds of new prompts for one batch. After the last one the batch is filled up with groups
     without a signal; where none has a signal, the run stops with the reason."""
@@ -94,13 +90,6 @@ class RolloutConfig:
             value=self.carry_over_max_lag,
             rule="must not be negative",
             way_out="0 discards surplus groups",
-        )
-        require(
-            self.journal_steps >= 0,
-            field="journal_steps",
-            value=self.journal_steps,
-            rule="must not be negative",
-            way_out="0 keeps all",
         )
         require(
             0 < self.temperature < math.inf,

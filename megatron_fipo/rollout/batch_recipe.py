@@ -37,11 +37,13 @@ class CollectedGroups:
     Attributes:
         groups: As many as the step wants, in the order they were drawn.
         metrics: Counters of the rollout.
+        num_drawn: How many prompts have been drawn so far; of served engines.
         settled: What became of prompts since the batch before; of served engines.
         open_prompts: Prompts that were drawn and have come to no end yet; of served engines.
     """
 
     groups: list[RolloutGroup]
     metrics: dict[str, float]
+    num_drawn: int = 0
     settled: Sequence[Settled] = ()
     open_prompts: Sequence[OpenPrompt] = ()

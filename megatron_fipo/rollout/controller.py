@@ -16,10 +16,12 @@ from megatron_fipo.config.weight_sync import PauseMode
 from megatron_fipo.metrics.rollout_metrics import group_metrics
 from megatron_fipo.rollout.batch import batch_path, build_train_batch, routing_path, with_routing
 from megatron_fipo.rollout.batch_recipe import BatchRecipe, CollectedGroups
+from megatron_fipo.rollout.controller_state import ControllerState
 from megatron_fipo.rollout.dispatch import Dispatcher
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters, ServedEngine
-from megatron_fipo.rollout.journal import JournalEntry, forget_journal, journal_path, write_journal
+from megatron_fipo.rollout.journal import JournalEntry, journal_path, write_journal
 from megatron_fipo.rollout.ledger import Ledger
+from megatron_fipo.rollout.replay import JournalReplay
 from megatron_fipo.rollout.sample_records import sample_records
 from megatron_fipo.rollout.samples import Decode, SampleMaker
 from megatron_fipo.rollout.scoring import Scoring
@@ -74,6 +76,7 @@ class RolloutController:
     _waves: WaveSource | None = field(init=False, default=None)
     _served: ServedSource | None = field(init=False, default=None)
     _dispatcher: Dispatcher | None = field(init=False, default=None)
+    _replay: JournalReplay | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Choose how the engine is asked."""
@@ -115,6 +118,8 @@ class RolloutController:
     async def next_rollout(self, step: int, policy_version: int) -> Rollout:
         """A training batch; see `collect`. With a served engine it is on disk, in the recipe's journal, before."""
         assert self.recipe is not None, "batches are made by a recipe"
+        if (entry := await self._from_journal(step, policy_version)) is not None:
+            return await asyncio.to_thread(self._assemble, step, entry.groups, dict(entry.metrics))
         collected = await self.collect(step, policy_version)
         metrics = group_metrics(collected.groups) | collected.metrics
         if self._served is None:
@@ -128,15 +133,30 @@ class RolloutController:
                 groups=collected.groups,
                 metrics=metrics,
                 stream_state=self.recipe.stream.state_dict(),
+                num_drawn=collected.num_drawn,
                 settled=collected.settled,
                 open_prompts=collected.open_prompts,
             )
             await asyncio.to_thread(write_journal, entry, journal_path(self.recipe.journal, step))
-            await asyncio.to_thread(forget_journal, self.recipe.journal, step, self.config.journal_steps)
             metrics["perf/journal_s"] = time.perf_counter() - started
         return await asyncio.to_thread(self._assemble, step, collected.groups, metrics)
 
-    def _assemble(self, step: int, groups: list[RolloutGroup], metrics: dict[str, float]) -> Rollout:
+    async def _from_journal(self, step: int, policy_version: int) -> JournalEntry | None:
+        if self._replay is None:
+            return None
+        entry = await asyncio.to_thread(self._replay.next, step, policy_version)
+        self._end_replay()
+        return entry
+
+    def _end_replay(self) -> None:
+        """Begin to generate where no batch of the journal is left."""
+        if self._replay is not None and self._replay.is_over:
+            assert self._served is not None, "others have no journal"
+            self._served.restore(self._replay.end())
+            self._replay, self._served.is_held = None, False
+            self._served.look_again()
+
+    def _assemble(self, step: int, groups: Sequence[RolloutGroup], metrics: dict[str, float]) -> Rollout:
         assert self.recipe is not None
         batch = build_train_batch(groups, self.recipe.algorithm, self.config.temperature)
         if self.config.replay_routing and self.recipe.routing is not None:
@@ -191,6 +211,38 @@ class RolloutController:
             return await self._served.generate(prompts, group_size, seed_scope, sampling, first_place, self.scoring)
         assert self._waves is not None
         return await self._waves.generate(prompts, group_size, seed_scope, sampling, first_place)
+
+    def state(self) -> ControllerState:
+        """Where it stands between two batches: what `restore` needs to go on from here."""
+        if self._replay is not None:
+            return self._replay.state
+        source = self._served or self._waves
+        assert source is not None
+        return source.state()
+
+    def restore(self, step: int, state: ControllerState) -> None:
+        """Go on where another controller stood, before anything is asked of this one.
+
+        Batches of later steps that a served engine had journalled are used before new ones are generated.
+
+        Args:
+            step: Steps that were finished then.
+            state: What `state` gave then.
+
+        Raises:
+            ConfigError: The prompts are others, or in another order.
+        """
+        if self._waves is not None:
+            self._waves.restore(state)
+            return
+        assert self._served is not None and self.recipe is not None, "batches are made of training prompts"
+        self.recipe.stream.load_state_dict(state.stream_state)
+        if self.recipe.journal is None:
+            self._served.restore(state)
+            return
+        self._replay = JournalReplay(self.recipe.journal, step, state, self.config.num_prompts_per_step)
+        self._served.is_held = True
+        self._end_replay()
 
     async def pause(self, mode: PauseMode) -> None:
         """Have a served engine stop where it is, so that its weights may change.

@@ -88,6 +88,7 @@ class Dispatcher:
         order: tuple[int, int],
         begins: Callable[[int], None] = lambda version: None,
         is_evaluation: bool = False,
+        begun: GenerationResult | None = None,
     ) -> GenerationResult:
         """Have a request answered, however often it takes; whoever stops to wait gives it up.
 
@@ -96,6 +97,8 @@ class Dispatcher:
             order: The smallest goes first.
             begins: Called with the version of the weights each time that it begins from its prompt.
             is_evaluation: It goes before training's, and its result is of the current version alone.
+            begun: What an earlier run had of it, all or the beginning. A beginning is used with
+                `rollout.partial_rollouts` alone.
 
         Raises:
             RunError: The engine failed.
@@ -103,20 +106,34 @@ class Dispatcher:
         if self._failure is not None:
             raise self._failure
         self._start()
+        if begun is not None and begun.finish_reason != "abort":
+            return begun
         name = request.request_id
         assert name not in self._open and name not in self._in_flight, name
         done = asyncio.get_running_loop().create_future()
-        self._open[name] = _Open(request=request, order=order, begins=begins, done=done, is_evaluation=is_evaluation)
+        entry = _Open(request=request, order=order, begins=begins, done=done, is_evaluation=is_evaluation)
+        if begun is not None and self._config.partial_rollouts and len(begun.token_ids):
+            entry.parts.append(begun)
+        self._open[name] = entry
         self._enqueue(name)
         try:
             return await done
         finally:
-            entry = self._open.pop(name)
+            del self._open[name]
             if name in self._in_flight:
                 self._given_up.add(name)
                 self._to_abort.append(name)
             self.num_discarded_tokens += 0 if done.done() and not done.cancelled() else _num_tokens(entry.parts)
             self._news.set()
+
+    def so_far(self, name: str) -> GenerationResult | None:
+        """What there is here of an open request's response; what its server holds is not."""
+        entry = self._open.get(name)
+        if entry is None:
+            return None
+        if entry.done.done() and not entry.done.cancelled() and entry.done.exception() is None:
+            return entry.done.result()
+        return _joined(entry.parts, entry.request) if entry.parts else None
 
     def poke(self) -> None:
         """Look again whether something can be sent."""

@@ -32,6 +32,7 @@ from megatron_fipo.rollout.engine import (
     WeightBucket,
 )
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
+from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest, StopRequested
 from megatron_fipo.types import FinishReason
 
 _EXPERT_NAME = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate|up|down)_proj\.weight")
@@ -49,6 +50,7 @@ class EmbeddedEngine:
         dtype: Precision of the weights.
         max_batch_sequences: Sequences decoded at once on each rank.
         progress: Told how many responses have ended, as far as this rank's share tells; results come all at once.
+        stop: Looked at after every token: a rank that knows of it gives up its share.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class EmbeddedEngine:
         dtype: torch.dtype,
         max_batch_sequences: int,
         progress: Progress = NO_PROGRESS,
+        stop: StopRequest = NO_STOP,
     ) -> None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         for key in ("max_position_embeddings", "rope_parameters"):
@@ -68,7 +71,7 @@ class EmbeddedEngine:
         with torch.device(compute_device()):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         self.model.eval().requires_grad_(False)
-        self.max_batch_sequences, self._progress = max_batch_sequences, progress
+        self.max_batch_sequences, self._progress, self._stop = max_batch_sequences, progress, stop
         self.policy_version = -1
         # Tied weights appear under each of their names; a stream may send either.
         self._weights = self.model.state_dict()
@@ -155,8 +158,10 @@ class EmbeddedEngine:
 
         Returns:
             Results in the order of the requests.
+
+        Raises:
+            StopRequested: A rank has given up its share; the others still wait for the next `serve` or `release`.
         """
-        broadcast_json(_sampling_groups(requests), 0)
         results: list[GenerationResult] = []
         for start, stop in _sampling_runs(requests):
             results += self._serve_run(list(requests[start:stop]))
@@ -164,23 +169,42 @@ class EmbeddedEngine:
 
     def follow(self) -> None:
         """Take part in every `serve` of rank 0 until its `release`; called on every other rank."""
-        while (groups := broadcast_json(None, 0)) is not None:
-            for sampling in groups:
-                sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
-                share = self._share(_unpack_requests(broadcast_arrays(None, 0), SamplingParameters(**sampling)))
-                send_arrays(_pack_results(self._decode(share, len(share))), 0)
+        while (sampling := broadcast_json(None, 0)) is not None:
+            sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+            share = self._share(_unpack_requests(broadcast_arrays(None, 0), SamplingParameters(**sampling)))
+            try:
+                results = self._decode(share, len(share))
+            except StopRequested as reason:
+                # Rank 0 may not know of it yet.
+                send_arrays({"given_up": np.frombuffer(bytearray(str(reason).encode()), dtype=np.uint8)}, 0)
+            else:
+                send_arrays(_pack_results(results), 0)
 
     def release(self) -> None:
         """Let the other ranks out of `follow`; called on rank 0."""
         broadcast_json(None, 0)
 
     def _serve_run(self, requests: list[GenerationRequest]) -> list[GenerationResult]:
+        broadcast_json(asdict(requests[0].sampling), 0)
         broadcast_arrays(_pack_requests(requests), 0)
-        results = self._decode(self._share(requests), len(requests))
-        for rank in range(1, dist.get_world_size()):
-            results += _unpack_results(receive_arrays(rank))
+        results: list[GenerationResult] = []
+        given_up: StopRequested | None = None
+        for rank in range(dist.get_world_size()):
+            try:
+                results += self._decode(self._share(requests), len(requests)) if rank == 0 else self._receive(rank)
+            except StopRequested as reason:
+                # What the others send is taken in first.
+                given_up = reason
+        if given_up is not None:
+            raise given_up
         names = [request.request_id for request in requests]
         return [replace(result, request_id=name) for name, result in zip(names, results, strict=True)]
+
+    def _receive(self, rank: int) -> list[GenerationResult]:
+        arrays = receive_arrays(rank)
+        if "given_up" in arrays:
+            raise StopRequested(arrays["given_up"].tobytes().decode())
+        return _unpack_results(arrays)
 
     def _share(self, requests: list[GenerationRequest]) -> list[GenerationRequest]:
         """This rank's part: consecutive requests, so that a prompt's samples mostly stay together."""
@@ -188,11 +212,16 @@ class EmbeddedEngine:
         return requests[bounds[dist.get_rank()] : bounds[dist.get_rank() + 1]]
 
     def _decode(self, requests: list[GenerationRequest], total: int) -> list[GenerationResult]:
-        """Generate this rank's share of so many requests."""
+        """Generate this rank's share of so many requests.
+
+        Raises:
+            StopRequested: A stop was asked for.
+        """
         results: list[GenerationResult] = []
 
         def tell(finished: int) -> None:
             self._progress.advance((len(results) + finished) * total // len(requests), total)
+            self._stop.raise_if_asked()
 
         for first in range(0, len(requests), self.max_batch_sequences):
             batch = requests[first : first + self.max_batch_sequences]
@@ -208,10 +237,6 @@ def _sampling_runs(requests: Sequence[GenerationRequest]) -> list[tuple[int, int
         if index == 0 or requests[index].sampling != requests[index - 1].sampling
     ]
     return list(zip(starts, [*starts[1:], len(requests)], strict=True))
-
-
-def _sampling_groups(requests: Sequence[GenerationRequest]) -> list[dict[str, Any]]:
-    return [asdict(requests[start].sampling) for start, _ in _sampling_runs(requests)]
 
 
 def _pack_requests(requests: Sequence[GenerationRequest]) -> Arrays:

@@ -1,29 +1,19 @@
-"""Batches of served engines, written down before they are used: what servers gave once they will not give again.
+"""Batches of served engines, written down before they are used: what servers gave once they will not give again."""
 
-A batch is a file, `step_NNNNNN.npz`, of plain arrays; what is no array is JSON, as bytes. Nothing is pickled.
-"""
-
-import ast
-import json
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_fipo.rewards.literals import as_literal
 from megatron_fipo.rollout.ledger import OpenPrompt, Settled
+from megatron_fipo.rollout.plain_archive import Archive, read_archive, write_archive
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.runtime.whole_file import whole_file
-from megatron_fipo.types import Prompt, RolloutGroup, Sample
+from megatron_fipo.types import RolloutGroup
 
 FORMAT_VERSION = 1
 
-_DAMAGE = (OSError, ValueError, EOFError, TypeError, RuntimeError, KeyError, IndexError, SyntaxError, StopIteration)
+_NAME = re.compile(r"step_([0-9]{6,})\.npz")
 
 
 class JournalError(RunError):
@@ -40,6 +30,7 @@ class JournalEntry:
         groups: Its groups, in order.
         metrics: Counters of its rollout.
         stream_state: Where the prompt stream stands, from `PromptStream.state_dict`.
+        num_drawn: How many prompts have been drawn so far.
         settled: What became of prompts since the batch before.
         open_prompts: Prompts drawn from the stream that have come to no end yet.
     """
@@ -49,6 +40,7 @@ class JournalEntry:
     groups: Sequence[RolloutGroup]
     metrics: Mapping[str, float]
     stream_state: Mapping[str, Any]
+    num_drawn: int
     settled: Sequence[Settled]
     open_prompts: Sequence[OpenPrompt]
 
@@ -61,18 +53,17 @@ def journal_path(folder: Path, step: int) -> Path:
 def write_journal(entry: JournalEntry, path: Path) -> None:
     """Write a batch down; when this returns, it is on disk, complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        np.savez(file, allow_pickle=False, **_arrays(entry))
-
-
-def forget_journal(folder: Path, newest: int, keep: int) -> None:
-    """Remove the batches of all steps but the `keep` up to `newest`; 0 keeps all."""
-    for step in range(newest - keep, 0, -1) if keep else ():
-        path = journal_path(folder, step)
-        if not path.exists():
-            # Those before it went in earlier steps.
-            return
-        path.unlink()
+    told = {
+        "step": entry.step,
+        "policy_version": entry.policy_version,
+        "metrics": dict(entry.metrics),
+        "stream_state": dict(entry.stream_state),
+        "num_drawn": entry.num_drawn,
+        "settled": [asdict(each) for each in entry.settled],
+        "open": [{"number": each.number, "is_ready": each.is_ready} for each in entry.open_prompts],
+    }
+    prompts = [each.prompt for each in entry.open_prompts]
+    write_archive(Archive(told=told, groups=entry.groups, prompts=prompts), path, FORMAT_VERSION)
 
 
 def read_journal(path: Path) -> JournalEntry:
@@ -81,152 +72,37 @@ def read_journal(path: Path) -> JournalEntry:
     Raises:
         JournalError: The file is missing, damaged, or of another format version.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    # What a damaged archive can raise.
-    except (*_DAMAGE, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise JournalError(f"{path}: cannot be read as a journalled batch ({error})") from error
-    version = arrays.get("format_version")
-    if version is None or version.shape != () or version != FORMAT_VERSION:
-        raise JournalError(f"{path}: format version {version}; this release reads {FORMAT_VERSION}")
-    try:
-        return _entry(arrays)
-    except _DAMAGE as error:
-        raise JournalError(f"{path}: is no journalled batch ({type(error).__name__}: {error})") from error
+    return read_archive(path, FORMAT_VERSION, "a journalled batch", JournalError, _entry)
 
 
-def _arrays(entry: JournalEntry) -> dict[str, npt.NDArray[Any]]:
-    samples = [sample for group in entry.groups for sample in group.samples]
-    versioned = [sample.policy_versions for sample in samples if sample.policy_versions is not None]
-    told = {
-        "step": entry.step,
-        "policy_version": entry.policy_version,
-        "metrics": dict(entry.metrics),
-        "stream_state": dict(entry.stream_state),
-        "settled": [asdict(each) for each in entry.settled],
-        "open": [
-            {"number": each.number, "is_ready": each.is_ready, "prompt": _describe_prompt(each.prompt)}
-            for each in entry.open_prompts
-        ],
-        "groups": [
-            {"prompt": _describe_prompt(group.prompt), "samples": [_describe_sample(each) for each in group.samples]}
-            for group in entry.groups
-        ],
-    }
-    prompts = [*(group.prompt for group in entry.groups), *(each.prompt for each in entry.open_prompts)]
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "format_version": np.array(FORMAT_VERSION, dtype=np.int64),
-        "told": np.frombuffer(json.dumps(told).encode("ascii"), dtype=np.uint8),
-        "prompt_lengths": _lengths([prompt.token_ids for prompt in prompts]),
-        "prompt_token_ids": _end_to_end([prompt.token_ids for prompt in prompts], np.int32),
-        "response_lengths": _lengths([sample.response_token_ids for sample in samples]),
-        "response_token_ids": _end_to_end([sample.response_token_ids for sample in samples], np.int32),
-        "rollout_log_probs": _end_to_end([sample.rollout_log_probs for sample in samples], np.float32),
-        "policy_version": np.array([sample.policy_version for sample in samples], dtype=np.int64),
-        "is_versioned": np.array([sample.policy_versions is not None for sample in samples], dtype=bool),
-        "policy_versions": _end_to_end(versioned, np.int32),
-        "rewards": np.array([sample.reward for sample in samples], dtype=np.float64),
-        "scores": np.array([sample.score for sample in samples], dtype=np.float64),
-    }
-    # By far the largest: not copied into one.
-    experts = {_experts_name(place): sample.routed_experts for place, sample in enumerate(samples)}
-    return arrays | {name: _narrow(each) for name, each in experts.items() if each is not None}
+def forget_journal(folder: Path, first: int = 0, last: int | None = None) -> None:
+    """Remove the batches of some steps.
+
+    Args:
+        folder: The journal.
+        first: First step of those.
+        last: Last step of those; None where all later ones go.
+    """
+    for path in folder.glob("step_*.npz"):
+        if found := _NAME.fullmatch(path.name):
+            step = int(found[1])
+            if step >= first and (last is None or step <= last):
+                path.unlink()
 
 
-def _entry(arrays: Mapping[str, npt.NDArray[Any]]) -> JournalEntry:
-    told = json.loads(arrays["told"].tobytes())
-    token_ids = _cut(arrays["prompt_token_ids"], arrays["prompt_lengths"])
-    samples = _samples(arrays)
-    groups = []
-    for group in told["groups"]:
-        prompt = _prompt(group["prompt"], next(token_ids))
-        own = [_sample(prompt, described, next(samples)) for described in group["samples"]]
-        groups.append(RolloutGroup(prompt=prompt, samples=own))
+def _entry(archive: Archive) -> JournalEntry:
+    told = archive.told
     open_prompts = [
-        OpenPrompt(each["number"], _prompt(each["prompt"], next(token_ids)), each["is_ready"]) for each in told["open"]
+        OpenPrompt(each["number"], prompt, each["is_ready"])
+        for each, prompt in zip(told["open"], archive.prompts, strict=True)
     ]
-    if next(token_ids, None) is not None or next(samples, None) is not None:
-        raise ValueError("it has more arrays than groups")
     return JournalEntry(
         step=told["step"],
         policy_version=told["policy_version"],
-        groups=groups,
+        groups=archive.groups,
         metrics=told["metrics"],
         stream_state=told["stream_state"],
+        num_drawn=told["num_drawn"],
         settled=[Settled(**each) for each in told["settled"]],
         open_prompts=open_prompts,
     )
-
-
-def _describe_prompt(prompt: Prompt) -> dict[str, Any]:
-    # A literal, since JSON would turn tuples into lists, and a task's scorer looks for what its generator made.
-    metadata = repr(as_literal(dict(prompt.metadata)))
-    return {
-        "id": prompt.id,
-        "text": prompt.text,
-        "answer": prompt.answer,
-        "source": prompt.source,
-        "metadata": metadata,
-    }
-
-
-def _prompt(described: Mapping[str, Any], token_ids: npt.NDArray[Any]) -> Prompt:
-    return Prompt(token_ids=token_ids, **(dict(described) | {"metadata": ast.literal_eval(described["metadata"])}))
-
-
-def _describe_sample(sample: Sample) -> dict[str, Any]:
-    return {
-        "sample_index": sample.sample_index,
-        "finish_reason": sample.finish_reason,
-        "response_text": sample.response_text,
-        "reward_terms": dict(sample.reward_terms),
-        "answer": sample.answer,
-    }
-
-
-def _samples(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]:
-    """The arrays and numbers of each sample, by its fields."""
-    lengths, is_versioned = arrays["response_lengths"], arrays["is_versioned"]
-    responses = _cut(arrays["response_token_ids"], lengths)
-    log_probs = _cut(arrays["rollout_log_probs"], lengths)
-    versions = _cut(arrays["policy_versions"], lengths[is_versioned])
-    for place in range(len(lengths)):
-        experts = arrays.get(_experts_name(place))
-        yield {
-            "response_token_ids": next(responses),
-            "rollout_log_probs": next(log_probs),
-            "policy_version": int(arrays["policy_version"][place]),
-            "policy_versions": next(versions) if is_versioned[place] else None,
-            "routed_experts": None if experts is None else experts.astype(np.int16),
-            "reward": float(arrays["rewards"][place]),
-            "score": float(arrays["scores"][place]),
-        }
-
-
-def _sample(prompt: Prompt, described: Mapping[str, Any], values: Mapping[str, Any]) -> Sample:
-    return Sample(prompt_id=prompt.id, **described, **values)
-
-
-def _narrow(experts: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Numbers of experts, in one byte each where that is enough."""
-    return experts.astype(np.uint8) if experts.size and experts.max() <= np.iinfo(np.uint8).max else experts
-
-
-def _experts_name(place: int) -> str:
-    return f"routed_experts_{place:06d}"
-
-
-def _lengths(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
-    return np.array([len(array) for array in arrays], dtype=np.int64)
-
-
-def _end_to_end(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    return np.concatenate([np.empty(0, dtype=dtype), *arrays], dtype=dtype)
-
-
-def _cut(array: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[Any]]:
-    if int(lengths.sum()) != len(array):
-        raise ValueError(f"{len(array)} tokens where there should be {int(lengths.sum())}")
-    ends = np.cumsum(lengths)
-    return iter([array[end - length : end] for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)])

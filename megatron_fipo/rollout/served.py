@@ -13,19 +13,19 @@ import contextlib
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.data.stream import EndOfPrompts, PromptStream
 from megatron_fipo.rollout.admission import (
     judge,
     no_signal_error,
-    oldest_version,
     short_batch_error,
     signal_counters,
 )
 from megatron_fipo.rollout.batch_recipe import BatchRecipe, CollectedGroups
+from megatron_fipo.rollout.controller_state import ControllerState, OpenDraw
 from megatron_fipo.rollout.dispatch import Dispatcher
+from megatron_fipo.rollout.draws import Draw, FinishedDraw, Period, as_it_is, as_result, as_sample, is_scored
 from megatron_fipo.rollout.engine import GenerationRequest, SamplingParameters
 from megatron_fipo.rollout.ledger import Fate, Ledger, OpenPrompt
 from megatron_fipo.rollout.samples import SampleMaker
@@ -34,61 +34,6 @@ from megatron_fipo.rollout.service_time import ServiceTime
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.types import Prompt, RolloutGroup
-
-
-@dataclass(slots=True, eq=False)
-class _Draw:
-    """A group on its way.
-
-    Attributes:
-        number: The draw's.
-        prompt: Its prompt.
-        begun: Version of the weights that began each sample, by its index, or began it again.
-        task: Generates it.
-    """
-
-    number: int
-    prompt: Prompt
-    begun: dict[int, int] = field(default_factory=dict)
-    task: asyncio.Task[None] | None = None
-
-    @property
-    def version(self) -> int | None:
-        """The oldest of them; None before anything began."""
-        return min(self.begun.values(), default=None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """A finished group and its draw's number."""
-
-    number: int
-    group: RolloutGroup
-
-    @property
-    def version(self) -> int:
-        return oldest_version(self.group)
-
-
-@dataclass(slots=True)
-class _Period:
-    """From one full batch to the next.
-
-    Attributes:
-        first_number: Draws from it on are of this period.
-        first_round: Groups that a first round of prompts has; `max_generation_rounds` of them are tried at most.
-        num_generated: Groups finished, whatever became of them.
-        num_tokens: Tokens of their responses.
-        rewards: Rewards of their responses.
-        without_signal: Those set aside by dynamic sampling.
-    """
-
-    first_number: int
-    first_round: int
-    num_generated: int = 0
-    num_tokens: int = 0
-    rewards: list[float] = field(default_factory=list)
-    without_signal: list[_Finished] = field(default_factory=list)
 
 
 class ServedSource:
@@ -105,6 +50,7 @@ class ServedSource:
 
     Attributes:
         ledger: What becomes of every draw.
+        is_held: Whether no prompt may be drawn, because batches of the journal come first.
     """
 
     def __init__(
@@ -118,11 +64,13 @@ class ServedSource:
         progress: Progress,
     ) -> None:
         self.ledger = Ledger()
+        self.is_held = False
         self._dispatcher, self._maker, self._scoring = dispatcher, maker, scoring
         self._config, self._sampling, self._recipe, self._progress = config, sampling, recipe, progress
         self._time = ServiceTime()
-        self._under_way: dict[int, _Draw] = {}
-        self._ready: list[_Finished] = []
+        self._under_way: dict[int, Draw] = {}
+        self._to_go_on: dict[int, Draw] = {}
+        self._ready: list[FinishedDraw] = []
         self._returned: deque[Prompt] = deque()
         self._period = self._next_period()
         self._awaited = False
@@ -165,7 +113,7 @@ class ServedSource:
             if policy_version - finished.version > self._carried_lag:
                 self._ready.remove(finished)
                 self.ledger.settle(finished.number, "stale")
-        for draw in list(self._under_way.values()):
+        for draw in self._unfinished():
             if draw.version is not None and policy_version - draw.version > self._config.policy_lag:
                 self._give_up(draw, "stale")
         if self._dispatcher.policy_version is None:
@@ -218,7 +166,7 @@ class ServedSource:
         self._failure = self._failure or RunError("the rollout controller was closed")
         self._changed.set()
         tasks = [draw.task for draw in self._under_way.values() if draw.task is not None]
-        for draw in list(self._under_way.values()):
+        for draw in self._unfinished():
             self._give_up(draw, "returned")
         for finished in [*self._ready, *self._period.without_signal]:
             self.ledger.settle(finished.number, "returned")
@@ -233,8 +181,8 @@ class ServedSource:
     def _round_of(self, missing: int) -> int:
         return math.ceil(max(missing, 0) * self._config.over_sampling)
 
-    def _next_period(self) -> _Period:
-        return _Period(self.ledger.num_drawn, self._round_of(self._config.num_prompts_per_step))
+    def _next_period(self) -> Period:
+        return Period(self.ledger.num_drawn, self._round_of(self._config.num_prompts_per_step))
 
     @property
     def _budget(self) -> int:
@@ -254,7 +202,7 @@ class ServedSource:
         at_last_chance = sum(self._is_at_last_chance(finished.version, policy_version) for finished in self._ready)
         in_the_tail = sum(
             draw.version is not None and self._is_at_last_chance(draw.version, policy_version)
-            for draw in self._under_way.values()
+            for draw in self._unfinished()
         )
         return in_the_tail <= spare or at_last_chance >= config.num_prompts_per_step
 
@@ -264,7 +212,8 @@ class ServedSource:
 
     def _top_up(self) -> None:
         """Draw as many prompts as may be on their way."""
-        if self._recipe is not None and not self._dispatcher.paused and self._dispatcher.policy_version is not None:
+        knows_version = not self._dispatcher.paused and self._dispatcher.policy_version is not None
+        if self._recipe is not None and knows_version and not self.is_held:
             self._draw(self._recipe.stream)
         self._time.serve(bool(self._under_way) and not self._dispatcher.paused)
 
@@ -274,18 +223,23 @@ class ServedSource:
         allowed = min(self._round_of(wanted), self._budget - self._period.num_generated)
         while self._failure is None and len(self._under_way) < allowed:
             try:
-                prompt = self._returned.popleft() if self._returned else stream.next(1)[0]
+                draw = self._next_draw(stream)
             except EndOfPrompts as end:
                 self._end = end
                 break
-            self._begin(prompt)
+            self._under_way[draw.number] = draw
+            draw.task = asyncio.create_task(self._run(draw))
 
-    def _begin(self, prompt: Prompt) -> None:
-        draw = _Draw(self.ledger.draw(prompt), prompt)
-        self._under_way[draw.number] = draw
-        draw.task = asyncio.create_task(self._run(draw))
+    def _next_draw(self, stream: PromptStream) -> Draw:
+        if self._to_go_on:
+            return self._to_go_on.pop(min(self._to_go_on))
+        prompt = self._returned.popleft() if self._returned else stream.next(1)[0]
+        return Draw(self.ledger.draw(prompt), prompt)
 
-    async def _run(self, draw: _Draw) -> None:
+    def _unfinished(self) -> list[Draw]:
+        return [*self._under_way.values(), *self._to_go_on.values()]
+
+    async def _run(self, draw: Draw) -> None:
         """Generate and score a group, and say what becomes of it."""
         try:
             with _first_error():
@@ -295,12 +249,18 @@ class ServedSource:
             self._changed.set()
             return
         del self._under_way[draw.number]
-        self._take_in(_Finished(draw.number, group))
+        self._take_in(FinishedDraw(draw.number, group))
         self.look_again()
 
-    async def _generate_group(self, draw: _Draw) -> RolloutGroup:
-        group = RolloutGroup(prompt=draw.prompt, samples=[])
-        requests = self._maker.requests(
+    async def _generate_group(self, draw: Draw) -> RolloutGroup:
+        async with asyncio.TaskGroup() as tasks:
+            for request in self._requests(draw):
+                tasks.create_task(self._generate_sample(draw, request))
+        draw.group.samples.sort(key=lambda sample: sample.sample_index)
+        return draw.group
+
+    def _requests(self, draw: Draw) -> list[GenerationRequest]:
+        return self._maker.requests(
             draw.prompt,
             draw.number,
             self._config.group_size,
@@ -308,19 +268,19 @@ class ServedSource:
             self._sampling,
             with_routing=self._config.replay_routing,
         )
-        async with asyncio.TaskGroup() as tasks:
-            for request in requests:
-                tasks.create_task(self._generate_sample(draw, group, request))
-        group.samples.sort(key=lambda sample: sample.sample_index)
-        return group
 
-    async def _generate_sample(self, draw: _Draw, group: RolloutGroup, request: GenerationRequest) -> None:
-        index = request.sample_index
+    async def _generate_sample(self, draw: Draw, request: GenerationRequest) -> None:
+        group, index = draw.group, request.sample_index
+        kept = draw.kept.get(index)
+        if kept is not None and is_scored(kept):
+            group.samples.append(kept)
+            return
 
         def begins(version: int) -> None:
             draw.begun[index] = version
 
-        result = await self._dispatcher.generate(request, (draw.number, index), begins)
+        begun = None if kept is None else as_result(request.request_id, kept)
+        result = await self._dispatcher.generate(request, (draw.number, index), begins, begun=begun)
         draw.begun[index] = result.policy_version
         # Tokenizers leave other threads room to go on.
         sample = await asyncio.to_thread(self._maker.read, draw.prompt, request, result)
@@ -329,7 +289,7 @@ class ServedSource:
             self._progress.show_response(draw.prompt.text, sample.response_text, sample.reward)
         self._dispatcher.poke()
 
-    def _take_in(self, finished: _Finished) -> None:
+    def _take_in(self, finished: FinishedDraw) -> None:
         assert self._recipe is not None
         group, period = finished.group, self._period
         period.num_generated += 1
@@ -354,8 +314,9 @@ class ServedSource:
         if self._awaited:
             self._progress.advance(min(len(self._ready), wanted) * size, wanted * size)
 
-    def _give_up(self, draw: _Draw, fate: Fate) -> None:
-        del self._under_way[draw.number]
+    def _give_up(self, draw: Draw, fate: Fate) -> None:
+        self._under_way.pop(draw.number, None)
+        self._to_go_on.pop(draw.number, None)
         self.ledger.settle(draw.number, fate)
         if draw.task is not None:
             draw.task.cancel()
@@ -394,11 +355,12 @@ class ServedSource:
         return CollectedGroups(
             groups=[finished.group for finished in used],
             metrics=metrics,
+            num_drawn=self.ledger.num_drawn,
             settled=settled,
             open_prompts=self._open_prompts(),
         )
 
-    def _fill_up(self, step: int, num_used: int) -> list[_Finished]:
+    def _fill_up(self, step: int, num_used: int) -> list[FinishedDraw]:
         """Groups without a signal that complete the batch after the last round."""
         config, period = self._config, self._period
         missing = config.num_prompts_per_step - num_used
@@ -416,7 +378,7 @@ class ServedSource:
             )
         return filled
 
-    def _end_period(self, used: Sequence[_Finished], surplus: Sequence[_Finished], policy_version: int) -> None:
+    def _end_period(self, used: Sequence[FinishedDraw], surplus: Sequence[FinishedDraw], policy_version: int) -> None:
         for finished in used:
             self.ledger.settle(finished.number, "used")
         for finished in self._period.without_signal:
@@ -426,7 +388,7 @@ class ServedSource:
         if not self._carried_lag:
             for finished in surplus:
                 self.ledger.settle(finished.number, "surplus")
-        for draw in list(self._under_way.values()):
+        for draw in self._unfinished():
             if draw.version is None and self._config.policy_lag == 0:
                 self._give_up(draw, "returned")
                 self._returned.append(draw.prompt)
@@ -434,6 +396,49 @@ class ServedSource:
                 self._give_up(draw, "cut")
         self._period, self._awaited = self._next_period(), False
         self._top_up()
+
+    def state(self) -> ControllerState:
+        """Where it stands; what is generated from here on is not in it."""
+        assert self._recipe is not None, "batches are made of training prompts"
+        finished = [*self._ready, *self._period.without_signal]
+        draws = [OpenDraw(each.number, as_it_is(each.group), True) for each in finished]
+        draws += [OpenDraw(draw.number, self._so_far(draw), False) for draw in self._unfinished()]
+        return ControllerState(
+            stream_state=self._recipe.stream.state_dict(),
+            num_drawn=self.ledger.num_drawn,
+            settled=list(self.ledger.settled),
+            open_draws=sorted(draws, key=lambda draw: draw.number),
+            returned=list(self._returned),
+        )
+
+    def _so_far(self, draw: Draw) -> RolloutGroup:
+        """What there is of a group that is not finished."""
+        group = as_it_is(draw.group)
+        there = {sample.sample_index for sample in group.samples}
+        for request in self._requests(draw):
+            index = request.sample_index
+            if index in there:
+                continue
+            result, kept = self._dispatcher.so_far(request.request_id), draw.kept.get(index)
+            if result is not None:
+                group.samples.append(as_sample(draw.prompt, index, result))
+            elif kept is not None:
+                group.samples.append(kept)
+        return group
+
+    def restore(self, state: ControllerState) -> None:
+        """Go on where another one stood, before anything is drawn here."""
+        assert self._recipe is not None and not self.ledger.num_drawn, "it has begun"
+        self._recipe.stream.load_state_dict(state.stream_state)
+        prompts = {draw.number: draw.group.prompt for draw in state.open_draws}
+        self.ledger = Ledger(open=prompts, num_drawn=state.num_drawn, settled=list(state.settled))
+        self._period = self._next_period()
+        for draw in state.open_draws:
+            if draw.is_finished:
+                self._take_in(FinishedDraw(draw.number, draw.group))
+            else:
+                self._to_go_on[draw.number] = Draw.of_kept(draw.number, draw.group)
+        self._returned = deque(state.returned)
 
     def _open_prompts(self) -> list[OpenPrompt]:
         ready = {finished.number for finished in self._ready}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.rollout.admission import Admission, no_signal_error, short_batch_error
 from megatron_fipo.rollout.batch_recipe import BatchRecipe, CollectedGroups
+from megatron_fipo.rollout.controller_state import ControllerState, OpenDraw
 from megatron_fipo.rollout.engine import GenerationRequest, RolloutEngine, SamplingParameters
 from megatron_fipo.rollout.samples import SampleMaker
 from megatron_fipo.rollout.scoring import Scoring
@@ -71,6 +72,18 @@ class WaveSource:
             counters["rollout/reward_mean_all"] = sum(rewards) / len(rewards)
         self.surplus = admission.surplus if self.config.carry_over_max_lag else []
         return CollectedGroups(groups=admission.accepted, metrics=counters)
+
+    def state(self) -> ControllerState:
+        """Where it stands between two batches."""
+        assert self.recipe is not None, "batches are made of training prompts"
+        surplus = [OpenDraw(place, group, True) for place, group in enumerate(self.surplus)]
+        return ControllerState(stream_state=self.recipe.stream.state_dict(), open_draws=surplus)
+
+    def restore(self, state: ControllerState) -> None:
+        """Go on where another one stood."""
+        assert self.recipe is not None, "batches are made of training prompts"
+        self.recipe.stream.load_state_dict(state.stream_state)
+        self.surplus = [draw.group for draw in state.open_draws]
 
     def _fill_up(self, step: int, admission: Admission, num_generated: int) -> int:
         """Complete the batch after the last round; returns how many groups it took from those without a signal."""

@@ -4,7 +4,6 @@ A checkpoint is written under a hidden name beside its place. Its manifest comes
 SHA-256; then the folder takes its name. Written and renamed by rank 0 alone, on a file system that all ranks share.
 """
 
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -13,13 +12,13 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import megatron_fipo
+from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.hashed_file import FileRecord, hash_file, hash_files
 from megatron_fipo.runtime.json_files import write_json
@@ -108,7 +107,7 @@ class CheckpointStore:
             CheckpointError: The folder may not be written to.
         """
         found = [name for name in self._names() if _PARTIAL.fullmatch(name)]
-        with _told(self.folder, "cannot be cleaned of unfinished checkpoints"):
+        with disk_errors_told(self.folder, "cannot be cleaned of unfinished checkpoints"):
             for name in found:
                 shutil.rmtree(self.folder / name)
         return sorted(found)
@@ -124,7 +123,7 @@ class CheckpointStore:
             CheckpointError: There is not so much space, or the folder cannot be made.
         """
         partial = self.partial(step)
-        with _told(partial, "cannot be made"):
+        with disk_errors_told(partial, "cannot be made"):
             self.folder.mkdir(parents=True, exist_ok=True)
             if partial.exists():
                 shutil.rmtree(partial)
@@ -157,16 +156,8 @@ class CheckpointStore:
             CheckpointError: It cannot be completed; there is none of this step then.
         """
         partial, path = self.partial(step), self.path(step)
-        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-        manifest = Manifest(
-            step=step,
-            layout=dict(layout),
-            versions={"megatron-fipo": megatron_fipo.__version__, **versions},
-            score=score if score is not None and math.isfinite(score) else None,
-            files=self._sealed(partial, written),
-        )
-        with _told(partial, "cannot be completed"):
-            write_json(partial / MANIFEST_FILE, _signed(manifest))
+        with disk_errors_told(partial, "cannot be completed"):
+            manifest = write_manifest(partial, step, layout, written, score)
             if path.exists():
                 _remove(path)
             partial.rename(path)
@@ -188,7 +179,7 @@ class CheckpointStore:
             CheckpointError: The folder may not be written to.
         """
         renamed = []
-        with _told(self.folder, "cannot be written"):
+        with disk_errors_told(self.folder, "cannot be written"):
             for later in (each for each in self.steps() if each > step):
                 aside = self.folder / f"{self.path(later).name}.set_aside"
                 if aside.exists():
@@ -209,21 +200,12 @@ class CheckpointStore:
             NewerFormatError: A later release wrote it.
         """
         path = self.path(step)
-        manifest = _read_manifest(path)
-        if manifest.step != step:
-            raise CheckpointError(f"{path / MANIFEST_FILE}: is of step {manifest.step}; the folder was renamed")
-        with _told(path, "cannot be read"):
-            sizes = {name: (path / name).stat().st_size for name in _files(path)}
-            for name, record in manifest.files.items():
-                if name not in sizes:
-                    raise CheckpointError(f"{path / name}: is missing")
-                if sizes[name] != record.size:
-                    raise CheckpointError(f"{path / name}: has {sizes[name]} bytes where {record.size} were written")
-            for name in sizes.keys() - manifest.files.keys():
-                raise CheckpointError(f"{path / name}: is in no manifest, so it was added later; remove it")
-        if check_hashes:
-            check_bytes(path, manifest.files)
-        return Checkpoint(path, manifest)
+        checkpoint = read_checkpoint(path, check_hashes)
+        if checkpoint.manifest.step != step:
+            raise CheckpointError(
+                f"{path / MANIFEST_FILE}: is of step {checkpoint.manifest.step}; the folder was renamed"
+            )
+        return checkpoint
 
     def newest_valid(self, check_hashes: bool = True, before: int | None = None) -> Checkpoint | None:
         """The newest checkpoint that is not damaged; the log warns of every one that is.
@@ -252,25 +234,6 @@ class CheckpointStore:
     def _names(self) -> list[str]:
         return os.listdir(self.folder) if self.folder.is_dir() else []
 
-    def _sealed(self, partial: Path, written: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-        """Every file with its record, all of them on disk."""
-        with _told(partial, "cannot be completed"):
-            names = _files(partial)
-            for name in written.keys() - names:
-                raise CheckpointError(
-                    f"{partial / name}: was written by another rank and is not to be seen here; output_dir must be on "
-                    "a file system that all nodes share"
-                )
-            for name in names - written.keys():
-                _sync(partial / name)
-            records = {name: written[name] if name in written else hash_file(partial / name) for name in sorted(names)}
-            for name, record in records.items():
-                if (size := (partial / name).stat().st_size) != record.size:
-                    raise CheckpointError(f"{partial / name}: has {size} bytes where {record.size} were written")
-            for folder in (partial, *(each for each in partial.rglob("*") if each.is_dir())):
-                _sync(folder)
-        return records
-
     def _prune(self, newest: Checkpoint) -> None:
         """Remove what need not stay; damaged checkpoints are left to a person."""
         scores = {newest.manifest.step: newest.manifest.score}
@@ -286,6 +249,79 @@ class CheckpointStore:
                 logger.warning("%s cannot be removed: %s", self.path(step), error)
 
 
+def read_checkpoint(path: Path, check_hashes: bool = False) -> Checkpoint:
+    """A checkpoint by its folder, which may have any name, checked as `CheckpointStore.read` does.
+
+    Raises:
+        CheckpointError: It is damaged; the text names file and fault.
+        NewerFormatError: A later release wrote it.
+    """
+    manifest = _read_manifest(path)
+    with disk_errors_told(path, "cannot be read"):
+        sizes = {name: (path / name).stat().st_size for name in _files(path)}
+        for name, record in manifest.files.items():
+            if name not in sizes:
+                raise CheckpointError(f"{path / name}: is missing")
+            if sizes[name] != record.size:
+                raise CheckpointError(f"{path / name}: has {sizes[name]} bytes where {record.size} were written")
+        for name in sizes.keys() - manifest.files.keys():
+            raise CheckpointError(f"{path / name}: is in no manifest, so it was added later; remove it")
+    if check_hashes:
+        check_bytes(path, manifest.files)
+    return Checkpoint(path, manifest)
+
+
+def write_manifest(
+    folder: Path,
+    step: int,
+    layout: Mapping[str, int],
+    written: Mapping[str, FileRecord],
+    score: float | None = None,
+) -> Manifest:
+    """Make a folder a complete checkpoint, all of it on disk; under its final name it must be renamed afterwards.
+
+    Args:
+        folder: Where its other files are.
+        step: Finished steps.
+        layout: Sizes of the process grid; empty where no grid wrote it.
+        written: See `CheckpointStore.commit`.
+        score: The same.
+
+    Raises:
+        CheckpointError: A file is missing or has other bytes than were written.
+        OSError: The disk refuses.
+    """
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    manifest = Manifest(
+        step=step,
+        layout=dict(layout),
+        versions={"megatron-fipo": megatron_fipo.__version__, **versions},
+        score=score if score is not None and math.isfinite(score) else None,
+        files=_sealed(folder, written),
+    )
+    write_json(folder / MANIFEST_FILE, _signed(manifest))
+    return manifest
+
+
+def _sealed(folder: Path, written: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Every file with its record, all of them on disk."""
+    names = _files(folder)
+    for name in written.keys() - names:
+        raise CheckpointError(
+            f"{folder / name}: was written by another rank and is not to be seen here; output_dir must be on a file "
+            "system that all nodes share"
+        )
+    for name in names - written.keys():
+        _sync(folder / name)
+    records = {name: written[name] if name in written else hash_file(folder / name) for name in sorted(names)}
+    for name, record in records.items():
+        if (size := (folder / name).stat().st_size) != record.size:
+            raise CheckpointError(f"{folder / name}: has {size} bytes where {record.size} were written")
+    for each in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        _sync(each)
+    return records
+
+
 def check_bytes(path: Path, files: Mapping[str, FileRecord]) -> None:
     """Compare files of a checkpoint with what was written.
 
@@ -296,21 +332,10 @@ def check_bytes(path: Path, files: Mapping[str, FileRecord]) -> None:
     Raises:
         CheckpointError: One has other bytes, or cannot be read.
     """
-    with _told(path, "cannot be read"):
+    with disk_errors_told(path, "cannot be read"):
         for name, record in zip(files, hash_files([path / name for name in files]), strict=True):
             if record != files[name]:
                 raise CheckpointError(f"{path / name}: other bytes than were written (SHA-256 differs)")
-
-
-@contextmanager
-def _told(path: Path, what: str) -> Iterator[None]:
-    """Errors of the file system become a CheckpointError that names the place and what helps."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        way_out = "free some space" if full else "mend its permissions, or take another output_dir"
-        raise CheckpointError(f"{error.filename or path}: {what} ({error.strerror}); {way_out}") from error
 
 
 def _files(folder: Path) -> set[str]:

@@ -65,8 +65,8 @@ class Generation:
                 stream=self.stream,
                 algorithm=config.algorithm,
                 num_records=config.metrics.samples_per_step,
-                # The embedded engine gives the same batch again.
-                journal=directory.journal if is_served else None,
+                # The embedded engine gives the same batch again, and without checkpoints no run goes on.
+                journal=directory.journal if is_served and config.checkpoint.every_steps else None,
                 routing=directory.rollouts if config.rollout.replay_routing else None,
             ),
             progress=progress,

@@ -62,7 +62,7 @@ def faulty_run(root: Path, number: int) -> RunConfig:
         start_timeout_s=300.0,
         max_restarts=20,
     )
-    rollout = {"engine": "sglang", "sglang": sglang, "max_response_tokens": 96, "journal_steps": 0}
+    rollout = {"engine": "sglang", "sglang": sglang, "max_response_tokens": 96}
     rollout |= changes.pop("rollout", {})
     return small_run(
         root,

@@ -342,7 +342,6 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         (RolloutConfig, {"top_p": value}, f"top_p = {value}: must lie in (0, 1]; 1.0 is the usual value")
         for value in (0.0, 1.1, math.nan)
     ),
-    (RolloutConfig, {"journal_steps": -1}, "journal_steps = -1: must not be negative; 0 keeps all"),
     (RolloutConfig, {"policy_lag": -1}, "policy_lag = -1: must not be negative; 0 is synchronous"),
     (
         RolloutConfig,

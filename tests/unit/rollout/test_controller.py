@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,12 @@ class Prompts:
         drawn = [self.prompts[number % len(self.prompts)] for number in range(self.num_drawn, self.num_drawn + n)]
         self.num_drawn += n
         return drawn
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_drawn": self.num_drawn}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.num_drawn = state["num_drawn"]
 
 
 def make_controller(answers: str, engine: SeedEngine | None = None, **config: Any) -> RolloutController:
@@ -322,6 +328,20 @@ def test_a_surplus_that_fills_the_batch_needs_no_generation() -> None:
     assert "rollout/reward_mean_all" not in second.metrics
     assert second.metrics["rollout/response_tokens_generated"] == 0
     assert ids(controller.surplus) == ["p8", "p9", "p10", "p11"]
+
+
+def test_a_controller_goes_on_where_another_one_stood() -> None:
+    first, second = (make_controller("ssssssssssss", over_sampling=1.5, carry_over_max_lag=1) for _ in range(2))
+    rollout(first)
+    assert len(first.surplus) == 2
+    second.restore(1, first.state())
+    batches = [rollout(controller, step=2) for controller in (first, second)]
+    assert batches[0].metrics["rollout/groups_carried_in"] == 2
+    assert batches[0].metrics == batches[1].metrics
+    responses = [
+        [sample.response_token_ids.tolist() for group in batch.groups for sample in group.samples] for batch in batches
+    ]
+    assert responses[0] == responses[1]
 
 
 def test_a_group_of_one_is_refused() -> None:

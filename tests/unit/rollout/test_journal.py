@@ -57,6 +57,7 @@ def entry() -> JournalEntry:
         groups=groups,
         metrics={"rollout/wait_s": 0.1},
         stream_state={"sources": {"math": {"epoch": 1}}},
+        num_drawn=11,
         settled=[Settled(3, "one", "used"), Settled(4, "two", "no_signal")],
         open_prompts=[OpenPrompt(9, prompt("four"), True), OpenPrompt(None, prompt("five"), False)],
     )
@@ -92,11 +93,14 @@ def test_experts_take_a_byte_each_where_that_is_enough(entry: JournalEntry, tmp_
         assert plain(read_journal(path)) == plain(entry)
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4, 5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])])
-def test_old_batches_are_forgotten(tmp_path: Path, keep: int, left: list[int]) -> None:
-    for step in range(1, 6):
+@pytest.mark.parametrize(
+    ("steps", "left"),
+    [({"last": 0}, [1, 2, 4, 5]), ({"last": 3}, [4, 5]), ({"first": 2}, [1]), ({"first": 2, "last": 4}, [1, 5])],
+)
+def test_batches_are_forgotten(tmp_path: Path, steps: dict[str, int], left: list[int]) -> None:
+    for step in (1, 2, 4, 5):
         journal_path(tmp_path, step).touch()
-    forget_journal(tmp_path, 5, keep)
+    forget_journal(tmp_path, **steps)
     assert sorted(tmp_path.iterdir()) == [journal_path(tmp_path, step) for step in left]
 
 
@@ -115,14 +119,14 @@ def test_a_damaged_file_is_named(entry: JournalEntry, tmp_path: Path) -> None:
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "another version": ({"format_version": np.int64(2)}, "format version 2; this release reads 1"),
     "no version": ({"format_version": None}, "format version None; this release reads 1"),
-    "an array left out": ({"rewards": None}, "is no journalled batch"),
-    "tokens left out": ({"response_token_ids": np.zeros(2, dtype=np.int32)}, "is no journalled batch"),
-    "a response left out": ({"response_lengths": np.array([3, 4])}, "is no journalled batch"),
+    "an array left out": ({"rewards": None}, "is not a journalled batch"),
+    "tokens left out": ({"response_token_ids": np.zeros(2, dtype=np.int32)}, "is not a journalled batch"),
+    "a response left out": ({"response_lengths": np.array([3, 4])}, "is not a journalled batch"),
     "one too many": (
         {"prompt_lengths": np.array([3, 5, 4, 4, 0])},
-        r"is no journalled batch \(ValueError: it has more arrays than groups\)",
+        r"is not a journalled batch \(ValueError: it has more arrays than groups\)",
     ),
-    "no JSON": ({"told": np.zeros(3, dtype=np.uint8)}, "is no journalled batch"),
+    "no JSON": ({"content": np.zeros(3, dtype=np.uint8)}, "is not a journalled batch"),
 }
 
 

@@ -1,0 +1,24 @@
+"""What a file system refuses to a checkpoint, told with what helps."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_fipo.runtime.errors import CheckpointError
+
+
+@contextmanager
+def disk_errors_told(path: Path, what: str) -> Iterator[None]:
+    """Errors of the file system become a CheckpointError that names the place and what helps.
+
+    Args:
+        path: The place, where the error does not name one.
+        what: What does not come about, as "cannot be written".
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        way_out = "free some space" if full else "mend its permissions, or take another output_dir"
+        raise CheckpointError(f"{error.filename or path}: {what} ({error.strerror}); {way_out}") from error
