@@ -127,10 +127,13 @@ class ActorOptimizer:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def step(self) -> StepOutcome:
+    def step(self, apply: bool = True) -> StepOutcome:
         """Clip the reduced gradient and update the weights; a gradient that is not finite changes nothing.
 
         The schedule advances only with an applied step.
+
+        Args:
+            apply: Whether to change anything at all; false measures the gradient alone.
 
         Raises:
             RunError: The optimizer's state is off the device.
@@ -138,7 +141,7 @@ class ActorOptimizer:
         require_resident(self.state_tensors(), "the optimizer's states")
         found_infinite = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        if found_infinite or not math.isfinite(grad_norm):
+        if found_infinite or not math.isfinite(grad_norm) or not apply:
             return StepOutcome(applied=False, grad_norm=grad_norm)
         for part in self.parts:
             parameters = part.get_parameters()

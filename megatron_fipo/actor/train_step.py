@@ -7,8 +7,8 @@ and knows 32-bit integers alone.)
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,11 @@ from torch import Tensor
 
 from megatron_fipo.actor.forward import ActorForward, LossFunction, Scores
 from megatron_fipo.actor.micro_batch import MicroBatch
+from megatron_fipo.actor.non_finite import first_non_finite_token, trace_gradients
 from megatron_fipo.actor.optimizer import ActorOptimizer
+from megatron_fipo.actor.random_states import RandomStates
 from megatron_fipo.actor.token_records import TokenRecorder
-from megatron_fipo.algorithms.policy_loss import LossInputs, policy_loss
+from megatron_fipo.algorithms.policy_loss import LossInputs, LossOutput, policy_loss
 from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.metrics.reduce import reduce_metrics
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
@@ -59,6 +61,39 @@ class UpdateResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the loss saw and made of one micro-batch; without gradient.
+
+    Attributes:
+        log_probs: [t] of the actor.
+        output: What the loss made of them, its metrics left out.
+    """
+
+    log_probs: Tensor
+    output: LossOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What an update was computed from, on this rank.
+
+    Attributes:
+        micro_batches: This rank's micro-batches.
+        seen: One entry each on the last pipeline stage; elsewhere none.
+        random_states: Those that the update began with.
+    """
+
+    micro_batches: Sequence[MicroBatch]
+    seen: Sequence[Seen]
+    random_states: RandomStates
+
+
+def apply_always(metrics: Mapping[str, float]) -> str:
+    """No objection to any update."""
+    return ""
+
+
 class TrainStep:
     """Runs updates with one model, optimizer and algorithm.
 
@@ -71,6 +106,7 @@ class TrainStep:
 
     Attributes:
         recorder: Keeps the tokens of chosen sequences.
+        evidence: Of the last update, until it is set to None: some 40 bytes a token.
     """
 
     def __init__(
@@ -84,6 +120,7 @@ class TrainStep:
         self.forward, self.optimizer, self.algorithm, self.context = forward, optimizer, algorithm, context
         self.quantiles = quantiles
         self.recorder = TokenRecorder(context)
+        self.evidence: Evidence | None = None
         self._denominators: list[Tensor] = []
         self._denominator: Tensor | None = None
         provider = forward.provider
@@ -94,7 +131,12 @@ class TrainStep:
             no_sync = [chunk.no_sync for chunk in forward.chunks]
             provider.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def update(self, micro_batches: Sequence[MicroBatch], policy_version: int | None = None) -> UpdateResult:
+    def update(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        policy_version: int | None = None,
+        refusal: Callable[[Mapping[str, float]], str] = apply_always,
+    ) -> UpdateResult:
         """Take one optimizer step; collective over all ranks.
 
         Nothing changes when no token is left after sequence drops, or when loss or gradient is not finite.
@@ -102,27 +144,32 @@ class TrainStep:
         Args:
             micro_batches: This rank's micro-batches of the mini-batch, `old_log_probs` set on the last stage.
             policy_version: Version of the weights that `old_log_probs` are of; without it nothing is told by version.
+            refusal: Says from the metrics of a finite loss, which all ranks have alike, why nothing is to change; ""
+                lets the step be taken.
         """
+        self.evidence, random_states = None, RandomStates.now()
         self.optimizer.zero_grad()
         self._denominators, self._denominator = [], None
         learning_rate = self.optimizer.learning_rate
         parts = self.forward.run(micro_batches, partial(self._loss_function, policy_version), forward_only=False)
+        self.evidence = Evidence(micro_batches, [part["seen"] for part in parts], random_states)
         assert self._denominator is not None, "the schedule did not finalize the gradients"
         denominator = float(self._denominator.item())
         summary = self._summarise(micro_batches, parts)
         if self.forward.routing is not None:
             summary["metrics"] |= self.forward.routing.take_metrics()
         loss = summary["numerator"] / denominator if summary["kept_tokens"] else math.nan
-        grad_norm, applied, reason = 0.0, False, ""
+        grad_norm, applied = 0.0, False
         if summary["culprit"]:
             reason = f"the loss is {summary['numerator']}, first in {summary['culprit']}"
         elif summary["kept_tokens"] == 0:
             reason = "no response token is left to learn from (all masked, or every sequence dropped)"
         else:
-            outcome = self.optimizer.step()
+            reason = refusal(summary["metrics"])
+            outcome = self.optimizer.step(apply=not reason)
             grad_norm, applied = outcome.grad_norm, outcome.applied
-            if not applied:
-                reason = f"the gradient norm is {grad_norm}, the loss is finite"
+            if not math.isfinite(grad_norm):
+                reason = f"the gradient norm is {grad_norm}, the loss is finite; {self._trace_gradient()}"
         return UpdateResult(
             applied=applied,
             skip_reason=reason,
@@ -159,7 +206,9 @@ class TrainStep:
             )
             self.recorder.keep(micro_batch, scores, output)
             metrics = output.metrics | {"kept_tokens": Accumulator.sum(output.kept_mask)}
-            report = {"numerator": output.numerator.detach(), "metrics": metrics}
+            kept = replace(output, numerator=output.numerator.detach(), metrics={})
+            seen = Seen(scores["log_probs"].detach(), kept)
+            report = {"numerator": kept.numerator, "metrics": metrics, "seen": seen}
             self._denominators.append(output.denominator)
             # megatron-core adds up its own count, which nothing reads.
             return output.numerator, torch.zeros_like(output.denominator, dtype=torch.int), report
@@ -200,17 +249,25 @@ class TrainStep:
             summary = {key: rendered.pop(key) for key in ("numerator", "kept_tokens")}
             summary |= {"metrics": rendered, "culprit": ""}
             if not math.isfinite(summary["numerator"]):
-                summary["culprit"] = self._find_culprit(micro_batches, numerators)
+                summary["culprit"] = self._find_culprit(micro_batches, parts)
         if context.pp_size > 1:
             last = dist.get_global_rank(context.pp_group, context.pp_size - 1)
             summary = broadcast_json(summary, last, context.pp_group)
         return summary
 
-    def _find_culprit(self, micro_batches: Sequence[MicroBatch], numerators: Tensor) -> str:
-        """Where the loss is not finite first: rank, micro-batch, and its sequences in the rollout batch."""
-        finite = torch.isfinite(numerators).tolist()
-        bad = [number for number, ok in enumerate(finite) if not ok]
-        mine = [[self.context.rank, number, list(micro_batches[number].sequences)] for number in bad[:1]]
+    def _find_culprit(self, micro_batches: Sequence[MicroBatch], parts: list[dict[str, Any]]) -> str:
+        """Where the loss is not finite first: rank, micro-batch, its sequences in the rollout batch, and the token."""
+        finite = torch.stack([part["numerator"] for part in parts]).isfinite().tolist()
+        mine = []
+        for number in [number for number, ok in enumerate(finite) if not ok][:1]:
+            token = first_non_finite_token(micro_batches[number], parts[number]["seen"].log_probs)
+            mine.append([self.context.rank, number, list(micro_batches[number].sequences), token])
         found = [entry for part in gather_json(mine, self.context.dp_cp_group) for entry in part]
-        rank, number, sequences = found[0]
-        return f"micro-batch {number} of rank {rank} (sequences {sequences} of the rollout batch)"
+        rank, number, sequences, token = found[0]
+        where = f"micro-batch {number} of rank {rank} (sequences {sequences} of the rollout batch)"
+        return f"{where}, {token}" if token else where
+
+    def _trace_gradient(self) -> str:
+        """Where the gradient is not finite; collective over all ranks."""
+        found = trace_gradients(self.forward.chunks)
+        return f"not finite in {found}" if found else "every entry is finite, but not the sum of their squares"

@@ -76,6 +76,7 @@ def policy_metrics(terms: PolicyTerms, config: AlgorithmConfig) -> Metrics:
     metrics: Metrics = {
         "train/loss": Accumulator.mean(terms.token_losses, terms.kept),
         "train/policy_kl": Accumulator.mean(-terms.log_ratio),
+        "train/log_ratio_abs_max": Accumulator.max(terms.log_ratio.abs()),
         "train/policy_kl_k3": Accumulator.mean(_k3(terms.log_ratio)),
         "train/length_weighted_advantage": Accumulator.mean(terms.advantages),
         **_ratio_metrics(terms, config),

@@ -95,6 +95,8 @@ class LossOutput:
         influence_weights: [t], f without gradient (ones without FIPO).
         kept_mask: [t] bool, tokens whose surrogate is in the loss: `response_mask` without the sequences that were
             dropped and without what the rollout correction masks.
+        dual_clipped: [t] bool, tokens beyond the dual-clip bound with a negative advantage.
+        dropped: [N] bool, sequences that the sequence drop takes out; the same on every context-parallel rank.
         metrics: This rank's part of the metrics.
     """
 
@@ -103,6 +105,8 @@ class LossOutput:
     future_kl: Tensor
     influence_weights: Tensor
     kept_mask: Tensor
+    dual_clipped: Tensor
+    dropped: Tensor
     metrics: Metrics
 
 
@@ -166,6 +170,8 @@ def policy_loss(inputs: LossInputs, config: AlgorithmConfig, group: dist.Process
         future_kl=weighing.future_kl,
         influence_weights=weighing.weights,
         kept_mask=kept_mask if correction is None else kept_mask & (correction.factors != 0),
+        dual_clipped=clipped,
+        dropped=sequences.dropped,
         metrics=_metrics(inputs, reported, correction, config),
     )
 

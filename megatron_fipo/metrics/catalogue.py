@@ -238,6 +238,13 @@ _UPDATES = Section(
             reduction="mean",
             combination="mean",
         ),
+        Metric(
+            name="train/log_ratio_abs_max",
+            description="Largest |log r|, after its clamp.",
+            unit="nats",
+            reduction="max",
+            combination="max",
+        ),
         Metric(name="train/ratio_mean", description="Mean r.", reduction="mean", combination="mean"),
         Metric(name="train/ratio_max", description="Largest r.", reduction="max", combination="max"),
         *quantiles("train/ratio_negative", "r over tokens with A < 0", (750, 995, 999)),

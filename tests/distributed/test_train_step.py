@@ -342,10 +342,15 @@ def test_an_overflowing_gradient_is_told_from_a_bad_loss(single_refusals):
     result = single_refusals[0]["gradient overflows"].result
     assert math.isfinite(result.loss)
     assert not math.isfinite(result.grad_norm)
-    assert re.fullmatch(r"the gradient norm is (inf|nan), the loss is finite", result.skip_reason)
+    told = r"the gradient norm is (inf|nan), the loss is finite; not finite in (.*) and \d+ more"
+    match = re.fullmatch(told, result.skip_reason)
+    assert match and match[2].startswith("embedding.word_embeddings.weight (rank 0), decoder.layers.0.")
 
 
-CULPRIT = r"the loss is nan, first in micro-batch (\d+) of rank (\d+) \(sequences \[(.*)\] of the rollout batch\)"
+CULPRIT = (
+    r"the loss is nan, first in micro-batch (\d+) of rank (\d+) \(sequences \[(.*)\] of the rollout batch\), "
+    r"token (\d+) of the response of sequence (\d+): (.*)"
+)
 
 
 def assert_names_the_culprit(ranks: list[dict[str, Refusal]]) -> None:
@@ -357,6 +362,7 @@ def assert_names_the_culprit(ranks: list[dict[str, Refusal]]) -> None:
     assert match, refusals[0].result.skip_reason
     number, rank, sequences = int(match[1]), int(match[2]), [int(index) for index in match[3].split(",")]
     assert POISONED in sequences
+    assert (int(match[5]), match[6]) == (POISONED, "advantages is nan")
     assert list(refusals[rank].sequences[number]) == sequences
 
 
@@ -374,7 +380,8 @@ def test_a_bad_loss_is_traced_to_its_sequences_on_every_grid(root, parallelism):
 def test_a_bad_loss_is_traced_to_its_sequences(single_refusals):
     assert_names_the_culprit([single_refusals[0]])
     reason = single_refusals[0]["weight is NaN"].result.skip_reason
-    assert re.fullmatch(CULPRIT, reason)
+    match = re.fullmatch(CULPRIT, reason)
+    assert match and match[6].startswith("log_probs is nan")
 
 
 # Each sequence fills a micro-batch of its own; the second is masked, or missing.

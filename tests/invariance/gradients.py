@@ -24,9 +24,9 @@ class GradientRecorder(ActorOptimizer):
         self.actor = actor
         self.gradients: list[dict[str, Tensor]] = []
 
-    def step(self) -> StepOutcome:
+    def step(self, apply: bool = True) -> StepOutcome:
         self.gradients.append(whole_gradients(self.actor))
-        return super().step()
+        return super().step(apply)
 
 
 @torch.no_grad()

@@ -181,6 +181,7 @@ def _metrics(responses: list[Response], terms: list[ResponseTerms], config) -> d
 def _ratio_metrics(ratio: np.ndarray, negative: np.ndarray, positive: np.ndarray, config) -> dict[str, float]:
     last = math.inf if config.dual_clip is None else config.dual_clip
     return {
+        "train/log_ratio_abs_max": np.abs(np.log(ratio)).max(initial=-math.inf),
         "train/ratio_mean": _mean(ratio),
         "train/ratio_max": ratio.max(initial=-math.inf),
         **_quantiles("train/ratio_negative", negative, {"p75": 0.75, "p995": 0.995, "p999": 0.999}),

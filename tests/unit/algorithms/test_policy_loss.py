@@ -356,6 +356,7 @@ def test_metrics_by_hand():
         {
             "train/loss": (-1.2 * 1.28 + 0.8 * 0.8 - 1.0 + 1.2 * 2.0) / 4,
             "train/policy_kl": -math.log(1.5) / 4,
+            "train/log_ratio_abs_max": math.log(2.0),
             "train/policy_kl_k3": (5.0 - 4.0 - math.log(1.5)) / 4,
             "train/ratio_mean": 1.25,
             "train/ratio_max": 2.0,
