@@ -38,6 +38,10 @@ async def main(line: int, files: int) -> None:
         service.tell("show_response", "1+1=", "2", 1.0)
         return Answer()
 
+    async def count_late(size: int, seconds: float) -> Answer:
+        await asyncio.sleep(seconds)
+        return await count(size)
+
     async def fail(kind: str) -> Answer:
         raise ERRORS[kind]
 
@@ -59,6 +63,7 @@ async def main(line: int, files: int) -> None:
             "echo": echo,
             "count": count,
             "take_time": take_time,
+            "count_late": count_late,
             "fail": fail,
             "ask_for_weights": ask_for_weights,
             "say": say,

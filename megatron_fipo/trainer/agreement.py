@@ -1,4 +1,4 @@
-"""Errors that end a run, made known to every rank: a rank that did not hear would wait in the next collective."""
+"""What ends a run, made known to every rank: a rank that did not hear would wait in the next collective."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,9 +12,12 @@ from megatron_fipo.rollout.admission import NoSignalError
 from megatron_fipo.rollout.batch import RecordedBatchError
 from megatron_fipo.runtime.checkpoint_store import NewerFormatError
 from megatron_fipo.runtime.errors import CheckpointError, NonFiniteError, RunError
+from megatron_fipo.runtime.stop_request import StopRequested
 from megatron_fipo.trainer.controller_link import ControllerEndedError
 
-_KNOWN: dict[str, type[ConfigError] | type[RunError]] = {
+type RunEnd = ConfigError | RunError | StopRequested
+
+_KNOWN: dict[str, type[ConfigError] | type[RunError] | type[StopRequested]] = {
     kind.__name__: kind
     for kind in (
         ConfigError,
@@ -27,6 +30,7 @@ _KNOWN: dict[str, type[ConfigError] | type[RunError]] = {
         NoSignalError,
         RecordedBatchError,
         RewardError,
+        StopRequested,
     )
 }
 
@@ -37,11 +41,12 @@ def on_every_rank[T](action: Callable[[], T]) -> T:
     Raises:
         ConfigError: A rank met one; raised on all of them.
         RunError: The same.
+        StopRequested: The same.
     """
-    caught: ConfigError | RunError | None = None
+    caught: RunEnd | None = None
     try:
         result = action()
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, StopRequested) as error:
         caught = error
     problems = gather_json(None if caught is None else describe(caught))
     if caught is not None:
@@ -57,12 +62,12 @@ def on_main_rank[T](action: Callable[[], T]) -> T | None:
     return on_every_rank(action if dist.get_rank() == 0 else lambda: None)
 
 
-def describe(error: ConfigError | RunError) -> tuple[str, list[str]]:
+def describe(error: RunEnd) -> tuple[str, list[str]]:
     """Kind and arguments, from which another process can `rebuild` the error; an unknown kind becomes a RunError."""
     kind = type(error).__name__
     return (kind, [str(each) for each in error.args]) if kind in _KNOWN else (RunError.__name__, [str(error)])
 
 
-def rebuild(kind: str, arguments: Sequence[str]) -> ConfigError | RunError:
+def rebuild(kind: str, arguments: Sequence[str]) -> RunEnd:
     """The error that another process described."""
     return _KNOWN[kind](*arguments)

@@ -23,6 +23,7 @@ from megatron_fipo.rollout.batch import batch_path, load_recorded
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.seeding import derive_seed
+from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest
 from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.prepare_rollouts import prepare_rollouts
@@ -31,30 +32,34 @@ from megatron_fipo.trainer.state import Actor, Run
 logger = logging.getLogger(__name__)
 
 
-def build_run(config: RunConfig, progress: Progress = NO_PROGRESS) -> Run:
+def build_run(config: RunConfig, progress: Progress = NO_PROGRESS, stop: StopRequest = NO_STOP) -> Run:
     """Check the inputs, then build everything; collective over all ranks, after the process group has started.
 
     Args:
         config: The run.
-        progress: Watches it; nothing but `NO_PROGRESS` on ranks other than 0.
+        progress: Watches it.
+        stop: Whether it shall end.
 
     Raises:
         ConfigError: An input cannot be used; raised on every rank, before the model is built.
     """
     # What has begun is ended before the directory goes.
     with ExitStack() as beginnings, ExitStack() as resources:
-        run = _build(config, progress, resources, beginnings)
+        run = _build(config, progress, stop, resources, beginnings)
         run.resources = resources.pop_all()
         beginnings.pop_all()
     return run
 
 
-def _build(config: RunConfig, progress: Progress, resources: ExitStack, beginnings: ExitStack) -> Run:
+def _build(
+    config: RunConfig, progress: Progress, stop: StopRequest, resources: ExitStack, beginnings: ExitStack
+) -> Run:
     """Build a run.
 
     Args:
         config: The run.
         progress: Watches it.
+        stop: Whether it shall end.
         resources: Is given what has to be closed when the run has ended.
         beginnings: Is given what is undone where the run does not come about.
     """
@@ -64,7 +69,7 @@ def _build(config: RunConfig, progress: Progress, resources: ExitStack, beginnin
     # Every node has its own view of the model folder.
     bridge = on_every_rank(lambda: HfBridge(config.model.path, config.model.context_length, config.model.rope_base))
     generates = config.mode != "train_only"
-    start_rollouts = prepare_rollouts(config, bridge, progress, resources) if generates else None
+    start_rollouts = prepare_rollouts(config, bridge, progress, stop, resources) if generates else None
     recorded = on_main_rank(lambda: _find_recorded(config, bridge)) if not generates else None
     directory = on_main_rank(lambda: RunDirectory.create(config.output_dir, dump_config(config)))
     if directory is not None:
@@ -87,6 +92,7 @@ def _build(config: RunConfig, progress: Progress, resources: ExitStack, beginnin
         recorded=recorded or (),
         timer=PhaseTimer(progress),
         progress=progress,
+        stop=stop,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fipo.parallel.collectives import Arrays, broadcast_json
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
+from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest, StopRequested
 from megatron_fipo.trainer.agreement import on_every_rank, rebuild
 from megatron_fipo.trainer.controller_link import ControllerEndedError, ControllerLink
 
@@ -29,20 +30,25 @@ class ControllerCalls:
         link: The line to the process, on rank 0 alone.
         progress: Told of responses, on rank 0.
         word_every_s: See `WORD_EVERY_S`.
+        stop: Whether the run shall end; looked at on rank 0.
     """
 
     link: ControllerLink | None
     progress: Progress = NO_PROGRESS
     word_every_s: float = WORD_EVERY_S
+    stop: StopRequest = NO_STOP
     _num_requests: int = 0
 
-    def ask(self, action: str, arguments: Mapping[str, Any], push: Push | None = None) -> tuple[Any, Arrays]:
+    def ask(
+        self, action: str, arguments: Mapping[str, Any], push: Push | None = None, may_stop: bool = False
+    ) -> tuple[Any, Arrays]:
         """Have the controller do something, and wait for it; collective over all ranks.
 
         Args:
             action: What to do.
             arguments: Plain JSON values; read on rank 0 alone.
             push: What is done when servers need weights meanwhile; None where the weights are about to change.
+            may_stop: Wait no longer once the run shall end; the controller's answer is then dropped.
 
         Returns:
             On rank 0 the answer's value and arrays; elsewhere None and nothing.
@@ -50,20 +56,25 @@ class ControllerCalls:
         Raises:
             ConfigError: From the controller; raised on every rank.
             RunError: From the controller, or it has ended; raised on every rank.
+            StopRequested: With `may_stop`; raised on every rank.
         """
         if self.link is None:
             return on_every_rank(partial(self._follow, push))
         self._num_requests += 1
         request = {"request": self._num_requests, "do": action, "with": arguments}
-        return on_every_rank(partial(self._lead, self.link, request, push))
+        return on_every_rank(partial(self._lead, self.link, request, push, may_stop))
 
-    def _lead(self, link: ControllerLink, request: Mapping[str, Any], push: Push | None) -> tuple[Any, Arrays]:
+    def _lead(
+        self, link: ControllerLink, request: Mapping[str, Any], push: Push | None, may_stop: bool
+    ) -> tuple[Any, Arrays]:
         # Any other error was raised on every rank, or the ranks are out of step and a broadcast could wait for ever.
         try:
             link.send(request)
-            answer = self._next_answer(link, push)
-            arrays = link.receive_arrays(answer["layout"]) if answer.get("layout") else {}
-        except ControllerEndedError:
+            while (answer := self._next_answer(link, push, may_stop))["answer"] != request["request"]:
+                # Of a request that was given up.
+                _take_arrays(link, answer)
+            arrays = _take_arrays(link, answer)
+        except (ControllerEndedError, StopRequested):
             broadcast_json((_DONE, None), 0)
             raise
         broadcast_json((_DONE, None), 0)
@@ -71,11 +82,15 @@ class ControllerCalls:
             raise rebuild(*answer["error"])
         return answer["value"], arrays
 
-    def _next_answer(self, link: ControllerLink, push: Push | None) -> Mapping[str, Any]:
-        """Take in news and requests until the answer comes."""
+    def _next_answer(self, link: ControllerLink, push: Push | None, may_stop: bool) -> Mapping[str, Any]:
+        """Take in news and requests until an answer comes."""
         last_word = time.monotonic()
         while True:
-            message = link.receive(max(last_word + self.word_every_s - time.monotonic(), 0.0))
+            if may_stop:
+                self.stop.raise_if_asked()
+            message = link.receive(
+                max(last_word + self.word_every_s - time.monotonic(), 0.0), self.stop if may_stop else None
+            )
             if message is None:
                 broadcast_json((_WAIT, None), 0)
                 last_word = time.monotonic()
@@ -105,3 +120,7 @@ class ControllerCalls:
             self.progress.advance(*content)
         else:
             self.progress.show_response(*content)
+
+
+def _take_arrays(link: ControllerLink, answer: Mapping[str, Any]) -> Arrays:
+    return link.receive_arrays(answer["layout"]) if answer.get("layout") else {}

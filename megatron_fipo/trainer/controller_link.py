@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from megatron_fipo.parallel.collectives import Arrays
 from megatron_fipo.runtime.child_process import child_environment
@@ -22,6 +22,14 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAST
 _PART_BYTES = 1 << 20
 _CLOSE_PATIENCE_S = 90.0
 _LAST_WORDS_S = 1.0
+
+
+class HasFileno(Protocol):
+    """What can be polled."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        ...
 
 
 class ControllerEndedError(RunError):
@@ -73,8 +81,8 @@ class ControllerLink:
         except OSError as error:
             raise self._ended() from error
 
-    def receive(self, timeout_s: float) -> Any:
-        """The next message; None where there was none in time.
+    def receive(self, timeout_s: float, or_readable: HasFileno | None = None) -> Any:
+        """The next message; None where there was none in time, or before something else became readable.
 
         Raises:
             ControllerEndedError: The process is gone.
@@ -82,8 +90,11 @@ class ControllerLink:
         deadline = time.monotonic() + timeout_s
         poll = select.poll()
         poll.register(self._line, select.POLLIN)
+        if or_readable is not None:
+            poll.register(or_readable, select.POLLIN)
         while (message := self._whole_message()) is None:
-            if not poll.poll(max(deadline - time.monotonic(), 0.0) * 1000):
+            ready = [descriptor for descriptor, _ in poll.poll(max(deadline - time.monotonic(), 0.0) * 1000)]
+            if self._line.fileno() not in ready:
                 return None
             try:
                 part = self._line.recv(_PART_BYTES)

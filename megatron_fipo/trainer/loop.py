@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from megatron_fipo.platform.device import compute_device
 from megatron_fipo.rollout.batch import batch_path, load_recorded, save_batch
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.runtime.errors import NonFiniteError
+from megatron_fipo.runtime.stop_request import StopRequested
 from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.evaluation.in_run import evaluate, evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done
@@ -31,13 +33,15 @@ def train(run: Run) -> None:
     Raises:
         RunError: There is nothing to learn from, a response could not be scored, a recording is damaged, a loss or
             gradient was not finite, or the export differs from the actor; raised on every rank.
+        StopRequested: The run was asked to end, and has saved what is new; raised on every rank.
     """
-    with run.resources:
+    with run.resources, _ending_on_request(run):
         run.progress.begin_run(run.config.output_dir, run.config.num_steps)
         transfer = sync_weights(run)
         report_evaluation(run, 0, transfer | evaluate_when_due(run, step=0))
         for step in range(1, run.config.num_steps + 1):
             run.progress.begin_step(step)
+            on_main_rank(run.stop.raise_if_asked)
             try:
                 rollout = collect_rollout(run, step)
             except EndOfPrompts as reason:
@@ -52,7 +56,26 @@ def train(run: Run) -> None:
             transfer = sync_weights(run)
             evaluation = evaluate_when_due(run, step)
             report_step(run, step, rollout, batch, results, transfer | evaluation)
-        export_when_done(run)
+        on_main_rank(run.stop.raise_if_asked)
+        with run.stop.nothing_to_save():
+            export_when_done(run)
+
+
+@contextmanager
+def _ending_on_request(run: Run) -> Iterator[None]:
+    """Where a stop is asked for, end in a good order; what comes after the last step is done again as a whole."""
+    run.stop.has_nothing_to_save = False
+    try:
+        yield
+    except StopRequested:
+        end_on_request(run)
+        raise
+    finally:
+        run.stop.has_nothing_to_save = True
+
+
+def end_on_request(run: Run) -> None:
+    """Bring the run to an end between two steps; a rollout or an evaluation that was broken off does not count."""
 
 
 def end_early(run: Run, step: int, reason: EndOfPrompts) -> None:

@@ -23,6 +23,7 @@ from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.servers.pool import TrainerRanks
 from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
+from megatron_fipo.runtime.stop_request import StopRequest
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.colocation import Colocation, ServerMemory
 from megatron_fipo.trainer.controller_calls import ControllerCalls
@@ -47,13 +48,16 @@ type StartRollouts = Callable[[], MakeRollouts]
 """Starts servers, which take a while, once there is a run directory; collective over all ranks."""
 
 
-def prepare_rollouts(config: RunConfig, bridge: HfBridge, progress: Progress, resources: ExitStack) -> StartRollouts:
+def prepare_rollouts(
+    config: RunConfig, bridge: HfBridge, progress: Progress, stop: StopRequest, resources: ExitStack
+) -> StartRollouts:
     """Check what generating needs; collective over all ranks.
 
     Args:
         config: The run.
         bridge: The model folder.
         progress: Told of responses.
+        stop: Breaks generation off.
         resources: Where what has to be closed is handed over.
 
     Raises:
@@ -61,29 +65,34 @@ def prepare_rollouts(config: RunConfig, bridge: HfBridge, progress: Progress, re
         RunError: Grading or the controller did not start; raised on every rank.
     """
     prepare = _prepare_served if config.rollout.engine == "sglang" else _prepare_embedded
-    return prepare(config, bridge, progress, resources)
+    return prepare(config, bridge, progress, stop, resources)
 
 
-def _prepare_embedded(config: RunConfig, bridge: HfBridge, progress: Progress, resources: ExitStack) -> StartRollouts:
+def _prepare_embedded(
+    config: RunConfig, bridge: HfBridge, progress: Progress, stop: StopRequest, resources: ExitStack
+) -> StartRollouts:
     generation = on_main_rank(lambda: prepare_generation(config, bridge.vocab_size, _num_positions(bridge), resources))
 
     def make(actor: Actor, context: ParallelContext) -> RolloutSide:
         dtype = DTYPES[config.model.dtype]
         sequences = config.rollout.max_batch_sequences
-        engine = EmbeddedEngine(bridge.export_config(dtype), config.model.path, dtype, sequences, progress)
+        engine = EmbeddedEngine(bridge.export_config(dtype), config.model.path, dtype, sequences, progress, stop)
         return EmbeddedRollouts(
             engine=engine,
             weight_sync=InProcessSync(bridge, unwrap(actor.chunks), engine, config.weight_sync),
             controller=None if generation is None else generation.controller(engine, progress),
             held_out=None if generation is None else generation.held_out,
+            stop=stop,
         )
 
     return lambda: make
 
 
-def _prepare_served(config: RunConfig, bridge: HfBridge, progress: Progress, resources: ExitStack) -> StartRollouts:
+def _prepare_served(
+    config: RunConfig, bridge: HfBridge, progress: Progress, stop: StopRequest, resources: ExitStack
+) -> StartRollouts:
     link = on_main_rank(lambda: resources.enter_context(closing(ControllerLink())))
-    calls = ControllerCalls(link, progress)
+    calls = ControllerCalls(link, progress, stop=stop)
     inputs = {"config": plain_values(config), "vocab_size": bridge.vocab_size, "positions": _num_positions(bridge)}
     calls.ask("prepare", inputs)
     tokenizer = on_every_rank(lambda: load_tokenizer(config.model.path, bridge.vocab_size))

@@ -10,6 +10,7 @@ from megatron_fipo.rollout.controller import Rollout, RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.samples import Decode
 from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest, StopRequested
 from megatron_fipo.trainer.agreement import on_every_rank
 from megatron_fipo.trainer.evaluation.held_out import HeldOutProblems
 from megatron_fipo.weight_sync.base import WeightSync
@@ -48,6 +49,7 @@ class RolloutSide(Protocol):
         Raises:
             EndOfPrompts: They have been drawn `data.epochs` times; raised on every rank, as the others.
             RunError: See `RolloutController.next_rollout`.
+            StopRequested: The run was asked to end; what was begun is given up.
         """
         ...
 
@@ -62,6 +64,7 @@ class RolloutSide(Protocol):
 
         Raises:
             RunError: A response could not be scored; raised on every rank.
+            StopRequested: The run was asked to end; raised on every rank.
         """
         ...
 
@@ -83,12 +86,14 @@ class EmbeddedRollouts:
         weight_sync: Feeds it.
         controller: Drives it; on rank 0 alone.
         held_out: What a run is evaluated on; on rank 0 alone, and only in a run.
+        stop: Whether the run shall end.
     """
 
     engine: EmbeddedEngine
     weight_sync: WeightSync
     controller: RolloutController | None
     held_out: HeldOutProblems | None = None
+    stop: StopRequest = NO_STOP
 
     @property
     def policy_version(self) -> int:
@@ -127,6 +132,7 @@ class EmbeddedRollouts:
 
         Raises:
             RunError: From `drive`; raised on every rank.
+            StopRequested: The run was asked to end; raised on every rank.
         """
         return on_every_rank(lambda: self._take_part(drive))
 
@@ -140,8 +146,8 @@ class EmbeddedRollouts:
             return None
         # After any other error the ranks are out of step, and a release could wait for ever.
         try:
-            result = asyncio.run(drive(self.controller))
-        except RunError:
+            result = asyncio.run(self.stop.or_work(drive(self.controller)))
+        except (RunError, StopRequested):
             self.engine.release()
             raise
         self.engine.release()

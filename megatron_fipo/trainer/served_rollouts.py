@@ -61,13 +61,13 @@ class ServedRollouts:
     def next_rollout(self, step: int, policy_version: int) -> Rollout | None:
         """A training batch."""
         arguments = {"step": step, "policy_version": policy_version}
-        values, arrays = self.calls.ask("next_rollout", arguments, self._push_again)
+        values, arrays = self.calls.ask("next_rollout", arguments, self._push_again, may_stop=True)
         self.yield_devices()
         return None if values is None else unpack_rollout(values, arrays)
 
     def evaluate(self, folder: Path | None) -> dict[str, float]:
         """Try the held-out problems."""
-        metrics, _ = self.calls.ask("evaluate", {"folder": str(folder)}, self._push_again)
+        metrics, _ = self.calls.ask("evaluate", {"folder": str(folder)}, self._push_again, may_stop=True)
         return metrics or {}
 
     def yield_devices(self) -> None:

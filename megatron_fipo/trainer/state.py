@@ -15,6 +15,7 @@ from megatron_fipo.metrics.writer import MetricsWriter
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
+from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest
 from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.rollout_side import RolloutSide
 
@@ -52,7 +53,8 @@ class Run:
         recorded: Recorded batches, one per step, in train-only runs.
         policy_version: Version of the actor's weights: how many steps have been applied.
         timer: Phase times of the current step.
-        progress: Watches the run, on rank 0 alone.
+        progress: Watches the run.
+        stop: Whether it shall end.
         resources: What is closed when the run ends.
     """
 
@@ -66,6 +68,7 @@ class Run:
     policy_version: int = 0
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     progress: Progress = NO_PROGRESS
+    stop: StopRequest = NO_STOP
     resources: ExitStack = field(default_factory=ExitStack)
 
     @property

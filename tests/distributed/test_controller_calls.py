@@ -5,6 +5,8 @@ import os
 import select
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +20,7 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.display.live_view import LiveView
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.progress import Progress
+from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
 from megatron_fipo.trainer import controller_calls
 from megatron_fipo.trainer.controller_calls import ControllerCalls
 from megatron_fipo.trainer.controller_link import ControllerLink
@@ -158,3 +161,34 @@ def test_the_controller_ends_when_its_line_is_closed() -> None:
         link.send({"request": 1, "do": "take_time", "with": {"seconds": 600.0}})
         assert link.receive(60.0)["news"] == "advance"
     assert link.process.returncode == 0
+
+
+def give_up() -> dict[str, Any]:
+    """Rank 0 alone hears of a stop, while all ranks wait."""
+    is_main = dist.get_rank() == 0
+    link, stop = ControllerLink(STAND_IN) if is_main else None, StopRequest()
+    calls = ControllerCalls(link, stop=stop)
+    calls.ask("echo", {})
+    timer = threading.Timer(0.2, stop.ask, ["SIGUSR1"])
+    if is_main:
+        timer.start()
+    started, reason = time.monotonic(), ""
+    try:
+        calls.ask("count_late", {"size": 5, "seconds": 1.0}, may_stop=True)
+    except StopRequested as request:
+        reason = str(request)
+    seen: dict[str, Any] = {"reason": reason, "seconds": time.monotonic() - started}
+    # What cannot be given up is waited for; the answer that nobody wants any more comes first.
+    _, arrays = calls.ask("count_late", {"size": 7, "seconds": 1.5})
+    seen["next"] = len(arrays["numbers"]) if is_main else None
+    if link is not None:
+        link.close()
+    return seen
+
+
+def test_a_wait_is_given_up_by_all_ranks() -> None:
+    seen = run_distributed(give_up, 2)
+    for of_rank in seen:
+        assert of_rank["reason"] == "SIGUSR1"
+        assert of_rank["seconds"] < 0.9, "the answer would have come after 1 s"
+    assert seen[0]["next"] == 7

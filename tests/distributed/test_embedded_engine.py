@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.config.weight_sync import WeightSyncConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.conversion.hf_folder import HfFolderWriter
+from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.parallel.context import build_parallel_context, destroy_parallel_context
 from megatron_fipo.rollout.decoding import decode
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.engine import GenerationRequest, GenerationResult, SamplingParameters, WeightBucket
 from megatron_fipo.runtime.logging import quiet_upstream
+from megatron_fipo.runtime.progress import Progress
+from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
+from megatron_fipo.trainer.rollout_side import EmbeddedRollouts
 from megatron_fipo.weight_sync.in_process import InProcessSync
 from tests.distributed_helpers import run_distributed
 from tests.tiny_models import VOCAB_SIZE, write_tiny_model
@@ -273,3 +278,54 @@ def test_generation_after_a_push_is_that_of_the_export_in_transformers(
     assert model.config.max_position_embeddings == 512
     exported = plain([decode(model, [each], policy_version=5)[0] for each in mixed_requests()])
     assert_same(outcomes[0]["generated"], exported)
+
+
+class AskAtFirstToken(Progress):
+    """Asks for a stop as soon as a rank has begun to decode."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop, self.num_tokens = stop, 0
+
+    def advance(self, done: int, total: int) -> None:
+        self.num_tokens += 1
+        self.stop.ask("SIGTERM")
+
+
+def stop_on_rank(folder: Path, asked: int) -> dict[str, Any]:
+    """One rank alone hears of a stop while all decode long responses of several kinds."""
+    rank, stop = dist.get_rank(), StopRequest()
+    engine, watcher = make_engine(folder), AskAtFirstToken(stop)
+    if rank == asked:
+        engine._progress, engine._stop = watcher, stop
+    rollouts = EmbeddedRollouts(
+        engine=engine,
+        weight_sync=None,  # type: ignore[arg-type]
+        controller=object() if rank == 0 else None,  # type: ignore[arg-type]
+        stop=engine._stop,
+    )
+    reason = ""
+    try:
+        rollouts.generate(lambda _: generate(engine, mixed_requests()))
+    except StopRequested as request:
+        reason = str(request)
+    # The ranks are still in step.
+    return {"reason": reason, "tokens": watcher.num_tokens, "in_step": broadcast_json(rank + 7, 0)}
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_generation_is_given_up_by_all_ranks_in_order(model_folder: Path, asked: int) -> None:
+    seen = run_distributed(stop_on_rank, 2, model_folder, asked)
+    assert [each["reason"] for each in seen] == ["SIGTERM", "SIGTERM"]
+    assert [each["in_step"] for each in seen] == [7, 7]
+    assert seen[asked]["tokens"] == 1
+
+
+async def never_ends() -> None:
+    await asyncio.Event().wait()
+
+
+def test_waiting_for_scores_is_given_up() -> None:
+    stop = StopRequest()
+    threading.Timer(0.1, stop.ask, ["SIGTERM"]).start()
+    with pytest.raises(StopRequested, match="SIGTERM"):
+        asyncio.run(stop.or_work(never_ends()))
