@@ -127,8 +127,10 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def no_files(_folder: Path) -> None:
-    """Write nothing beside the actor."""
+def save(own: Checkpointer, step: int) -> None:
+    """Write the actor alone."""
+    own.begin(step)
+    own.complete(step, lambda folder: None)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -141,7 +143,12 @@ def copy_file(source: Path, target: Path) -> None:
 def measure(training: Training, scratch: Path, rounds: int) -> tuple[int, dict[str, list[float]]]:
     """The bytes of a checkpoint, and seconds by what took them, after one round that does not count."""
     own = {
-        name: Checkpointer(CheckpointConfig(keep_last=1, asynchronous=behind), training.checkpoint, scratch / name)
+        name: Checkpointer(
+            CheckpointConfig(keep_last=1, asynchronous=behind),
+            training.checkpoint.context,
+            training.checkpoint,
+            scratch / name,
+        )
         for name, behind in (("synchronous", False), ("asynchronous", True))
     }
     source = scratch / "bytes"
@@ -150,9 +157,9 @@ def measure(training: Training, scratch: Path, rounds: int) -> tuple[int, dict[s
         # What was written before would else be written to the disk in the next one's time.
         os.sync()
         steps = [timed(training.step) for _ in range(3)]
-        whole = timed(partial(own["synchronous"].save, number, no_files))
+        whole = timed(partial(save, own["synchronous"], number))
         os.sync()
-        begin = timed(partial(own["asynchronous"].save, number, no_files))
+        begin = timed(partial(save, own["asynchronous"], number))
         start, overlapped = time.perf_counter(), []
         while not own["asynchronous"].is_written:
             overlapped.append(timed(training.step))

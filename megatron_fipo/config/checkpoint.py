@@ -37,6 +37,14 @@ class CheckpointConfig:
     verify_on_load: bool = True
     """Compare every byte with its SHA-256 before a checkpoint is loaded; false compares sizes alone."""
 
+    resume: bool = True
+    """Go on with the run that output_dir holds, from its newest checkpoint, or from the beginning where it has none;
+    false refuses a directory that holds anything."""
+
+    accept_changes: tuple[str, ...] = ()
+    """Fields and sections, such as "optimizer.learning_rate", in which a run that goes on may differ from its
+    beginning although what it learns depends on them. The others are told and accepted, or refused, by themselves."""
+
     export_at_end: bool = True
     """Write the trained model as a Hugging Face folder, `export/` in the run directory, after the last step."""
 

@@ -33,13 +33,16 @@ def check_sinks(config: MetricsConfig) -> None:
         check_port(config.prometheus_port)
 
 
-def open_sinks(config: MetricsConfig, directory: Path, run_config: Mapping[str, Any]) -> list[MetricSink]:
+def open_sinks(
+    config: MetricsConfig, directory: Path, run_config: Mapping[str, Any], finished_steps: int = 0
+) -> list[MetricSink]:
     """Open the configured sinks.
 
     Args:
         config: Which.
         directory: The run directory.
         run_config: The resolved configuration, as plain values.
+        finished_steps: Steps whose metrics stay; later ones, of a run that goes on from before them, come again.
 
     Raises:
         ConfigError: A sink cannot be opened.
@@ -47,7 +50,7 @@ def open_sinks(config: MetricsConfig, directory: Path, run_config: Mapping[str, 
     sinks: list[MetricSink] = []
     try:
         if config.tensorboard:
-            sinks.append(TensorBoardSink(directory / "tensorboard"))
+            sinks.append(TensorBoardSink(directory / "tensorboard", finished_steps))
         if config.prometheus_port is not None:
             sinks.append(PrometheusSink(config.prometheus_port, directory))
         if config.wandb.mode != "off":

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.rollout import RolloutConfig
@@ -16,7 +17,7 @@ from megatron_fipo.config.weight_sync import PauseMode
 from megatron_fipo.metrics.rollout_metrics import group_metrics
 from megatron_fipo.rollout.batch import batch_path, build_train_batch, routing_path, with_routing
 from megatron_fipo.rollout.batch_recipe import BatchRecipe, CollectedGroups
-from megatron_fipo.rollout.controller_state import ControllerState
+from megatron_fipo.rollout.controller_state import ControllerState, read_controller_state, write_controller_state
 from megatron_fipo.rollout.dispatch import Dispatcher
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters, ServedEngine
 from megatron_fipo.rollout.journal import JournalEntry, journal_path, write_journal
@@ -220,18 +221,28 @@ class RolloutController:
         assert source is not None
         return source.state()
 
-    def restore(self, step: int, state: ControllerState) -> None:
+    def save(self, path: Path) -> None:
+        """Write down where it stands.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        write_controller_state(self.state(), path)
+
+    def restore(self, step: int, path: Path | None) -> None:
         """Go on where another controller stood, before anything is asked of this one.
 
         Batches of later steps that a served engine had journalled are used before new ones are generated.
 
         Args:
             step: Steps that were finished then.
-            state: What `state` gave then.
+            path: What `save` wrote then; None where nothing was done.
 
         Raises:
+            CheckpointError: The file is damaged.
             ConfigError: The prompts are others, or in another order.
         """
+        state = self.state() if path is None else read_controller_state(path)
         if self._waves is not None:
             self._waves.restore(state)
             return

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,20 @@ def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             objects.append(content)
             ends.append(end)
     return objects, ends
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave some lines of a file alone in it, those after the first one that is not whole not among them."""
+    objects, ends = read_whole_lines(path)
+    kept = [wanted(each) for each in objects]
+    size = path.stat().st_size
+    if all(kept) and (ends[-1] if ends else 0) == size:
+        return
+    with path.open("rb") as old, whole_file(path) as new:
+        for is_kept, start, end in zip(kept, [0, *ends], ends, strict=False):
+            line = old.read(end - start)
+            if is_kept:
+                new.write(line)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.base import ConfigError, require
-from megatron_fipo.runtime.json_files import append_lines
+from megatron_fipo.runtime.json_files import append_lines, keep_lines, read_whole_lines
+from megatron_fipo.runtime.run_lock import LOCK_FILE
+from megatron_fipo.runtime.whole_file import whole_file
 
 
 class RunDirectory:
@@ -20,15 +22,26 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def has_run(self) -> bool:
+        """Whether a run has begun in it."""
+        return self.config_file.is_file()
+
     @staticmethod
-    def check(path: Path) -> None:
+    def check(path: Path, may_have_run: bool = False) -> None:
         """Refuse a path that cannot become a run directory, without touching it.
 
+        Args:
+            path: The path.
+            may_have_run: Whether it may be the directory of a run that has begun.
+
         Raises:
-            ConfigError: It is a file, a directory that holds something, or a place that this user may not write to.
+            ConfigError: It is a file, a directory that holds something else, or a place that this user may not write
+                to.
         """
+        is_run = may_have_run and RunDirectory(path).has_run
         try:
-            taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+            taken = path.exists() and not is_run and (not path.is_dir() or _holds_files(path))
             nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
             writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
         except OSError:
@@ -37,7 +50,9 @@ class RunDirectory:
             not taken,
             field="output_dir",
             value=path,
-            rule="must be a new or empty directory, and it is not",
+            rule="must be a new or empty directory, or that of a run to go on with, and it is neither"
+            if may_have_run
+            else "must be a new or empty directory, and it is not",
             way_out="choose another directory or remove this one",
         )
         require(
@@ -49,16 +64,17 @@ class RunDirectory:
         )
 
     @classmethod
-    def create(cls, path: Path, config_yaml: str) -> "RunDirectory":
-        """Make the directory and write config.yaml.
+    def begin(cls, path: Path, config_yaml: str) -> "RunDirectory":
+        """Make the directory, where there is none, and write config.yaml.
 
         Raises:
-            ConfigError: See `check`; or the directory cannot be made.
+            ConfigError: The directory cannot be made or written to.
         """
-        cls.check(path)
+        directory = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+            with whole_file(directory.config_file) as file:
+                file.write(config_yaml.encode())
         except OSError as error:
             raise ConfigError(
                 field="output_dir",
@@ -66,7 +82,38 @@ class RunDirectory:
                 rule=f"must be a directory that can be made ({error.strerror})",
                 way_out="choose a directory that this user may write to",
             ) from error
-        return cls(path)
+        return directory
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step that has its metrics; None where none has."""
+        lines = read_whole_lines(self.metrics_file)[0] if self.metrics_file.exists() else []
+        return lines[-1]["step"] if lines else None
+
+    def set_export_aside(self) -> Path | None:
+        """Rename the export of the last step, because the run goes on; returns its new place, where there was one."""
+        if not self.export.exists():
+            return None
+        aside = self.path / f"export_step_{self.last_step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        self.export.rename(aside)
+        return aside
+
+    @classmethod
+    def create(cls, path: Path, config_yaml: str) -> "RunDirectory":
+        """Begin in a new or empty directory.
+
+        Raises:
+            ConfigError: See `check` and `begin`.
+        """
+        cls.check(path)
+        return cls.begin(path, config_yaml)
+
+    def forget_after(self, step: int) -> None:
+        """Take the lines of later steps out of metrics.jsonl and samples.jsonl, and any that a killed run left half."""
+        for path in (self.metrics_file, self.samples_file):
+            if path.exists():
+                keep_lines(path, lambda line: line["step"] <= step)
 
     def remove(self) -> None:
         """Remove the directory with all that is in it."""
@@ -75,6 +122,21 @@ class RunDirectory:
     def write(self, name: str, text: str) -> None:
         """Write a text file at the top of the directory."""
         (self.path / name).write_text(text, encoding="utf-8")
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration; there as soon as a run has begun."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One object for each step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        """Some samples of each step."""
+        return self.path / "samples.jsonl"
 
     @property
     def rollouts(self) -> Path:
@@ -102,6 +164,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def dumps(self) -> Path:
+        """Folder of updates that are kept to be run again."""
+        return self.path / "dumps"
+
+    @property
     def export(self) -> Path:
         """Folder of the Hugging Face export."""
         return self.path / "export"
@@ -112,8 +179,13 @@ class RunDirectory:
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; numbers that are not finite become null, at any depth."""
-        append_lines(self.path / "metrics.jsonl", [metrics])
+        append_lines(self.metrics_file, [metrics])
 
     def append_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to samples.jsonl."""
-        append_lines(self.path / "samples.jsonl", samples)
+        append_lines(self.samples_file, samples)
+
+
+def _holds_files(path: Path) -> bool:
+    """Whether a directory holds anything but its lock."""
+    return any(each.name != LOCK_FILE for each in path.iterdir())

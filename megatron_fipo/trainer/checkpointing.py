@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 from megatron_fipo.actor.checkpoint import ActorCheckpoint, PendingSave, layout_of
 from megatron_fipo.config.checkpoint import CheckpointConfig
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
+from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.runtime.checkpoint_store import Checkpoint, CheckpointStore, check_bytes
+from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.hashed_file import FileRecord
 from megatron_fipo.runtime.retention import Retention
@@ -25,11 +28,21 @@ ACTOR_FOLDER = "actor"
 _TAIL_BYTES = 2**22
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Unfinished:
+    """A checkpoint that is being written.
+
+    Attributes:
+        step: Finished steps.
+        save: The actor's part; None in runs that do not train.
+        has_files: Whether the trainer's own files are in it.
+        score: See `Manifest`.
+    """
+
     step: int
-    save: PendingSave
-    score: float | None
+    save: PendingSave | None
+    has_files: bool = False
+    score: float | None = None
 
 
 class Checkpointer:
@@ -37,12 +50,18 @@ class Checkpointer:
 
     Args:
         config: When, how and how many.
-        actor: Saves and loads the actor.
+        context: This rank's place.
+        actor: Saves and loads the actor; None in runs that do not train.
         folder: The run's checkpoints, on a file system that all nodes share.
+
+    Attributes:
+        saved_step: Step of the newest checkpoint that is on disk or on its way there.
     """
 
-    def __init__(self, config: CheckpointConfig, actor: ActorCheckpoint, folder: Path) -> None:
-        self.config, self.actor = config, actor
+    def __init__(
+        self, config: CheckpointConfig, context: ParallelContext, actor: ActorCheckpoint | None, folder: Path
+    ) -> None:
+        self.config, self.context, self.actor = config, context, actor
         retention = Retention(
             keep_last=config.keep_last,
             keep_every=config.keep_every,
@@ -50,6 +69,7 @@ class Checkpointer:
             highest_is_best=config.best_is == "highest",
         )
         self.store = CheckpointStore(folder, retention)
+        self.saved_step: int | None = None
         self._unfinished: _Unfinished | None = None
 
     def restore(self) -> Checkpoint | None:
@@ -73,8 +93,10 @@ class Checkpointer:
                 return None
             step, files = told
             if not self._is_damaged(step, files):
-                self.actor.load(self.store.path(step) / ACTOR_FOLDER)
+                if self.actor is not None:
+                    self.actor.load(self.store.path(step) / ACTOR_FOLDER)
                 on_main_rank(partial(self._set_aside, step))
+                self.saved_step = step
                 return checkpoint
             before = step
 
@@ -99,7 +121,7 @@ class Checkpointer:
         """Whether a file has other bytes than were written; every rank reads a share of them."""
         if not self.config.verify_on_load:
             return False
-        context, problem = self.actor.context, ""
+        context, problem = self.context, ""
         mine = {name: FileRecord(*record) for name, *record in files[context.rank :: context.world_size]}
         try:
             check_bytes(self.store.path(step), mine)
@@ -110,18 +132,47 @@ class Checkpointer:
             self.store.warn_of(step, "; ".join(problems))
         return bool(problems)
 
-    def is_due(self, step: int, is_last: bool = False) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after a step."""
-        return self.config.every_steps > 0 and (is_last or step % self.config.every_steps == 0)
+        return self.config.every_steps > 0 and step % self.config.every_steps == 0
 
-    def save(self, step: int, write_files: Callable[[Path], None], metrics_file: Path | None = None) -> bool:
-        """Write a checkpoint: now, or begin to, as configured.
+    def begin(self, step: int) -> None:
+        """Begin a checkpoint with the actor, whose weights and optimizer are those after the step.
 
-        When this returns, everything is in host memory, and the actor may be moved off the device.
+        When this returns, they are in host memory, and the actor may be trained, or moved off the device.
 
         Args:
             step: Finished steps.
-            write_files: Puts the trainer's own files into the folder that it is given; called on rank 0.
+
+        Raises:
+            CheckpointError: It cannot be written, and `on_failure` is "stop".
+        """
+        self.finish()
+        try:
+            num_bytes = 0 if self.actor is None else self.actor.num_bytes
+            on_main_rank(lambda: self._make_folder(step, num_bytes))
+            save = None if self.actor is None else self.actor.begin_save(self.store.partial(step) / ACTOR_FOLDER)
+        except CheckpointError as error:
+            self._failed(step, error)
+        else:
+            self._unfinished = _Unfinished(step, save)
+
+    def _make_folder(self, step: int, num_bytes: int) -> None:
+        folder = self.store.begin(step, num_bytes)
+        with disk_errors_told(folder, "cannot be written"):
+            (folder / ACTOR_FOLDER).mkdir()
+
+    def has_begun(self, step: int) -> bool:
+        """Whether the checkpoint of a step waits for `complete`."""
+        return self._unfinished is not None and self._unfinished.step == step and not self._unfinished.has_files
+
+    def complete(self, step: int, write_files: Callable[[Path], None], metrics_file: Path | None = None) -> bool:
+        """Add the trainer's own files to the checkpoint that has begun; wait until it is on disk, as configured.
+
+        Args:
+            step: Finished steps.
+            write_files: Puts them into the folder that it is given; called on every rank, raises CheckpointError on
+                every rank.
             metrics_file: metrics.jsonl, with the step's line in it; read on rank 0 for `keep_best`.
 
         Returns:
@@ -130,24 +181,25 @@ class Checkpointer:
         Raises:
             CheckpointError: It cannot be written, and `on_failure` is "stop".
         """
-        self.finish()
+        if not self.has_begun(step):
+            return False
+        unfinished = self._unfinished
+        assert unfinished is not None
         try:
-            num_bytes = self.actor.num_bytes
-            on_main_rank(lambda: self._begin(step, num_bytes, write_files))
-            score = self._score(metrics_file, step)
-            save = self.actor.begin_save(self.store.partial(step) / ACTOR_FOLDER)
+            write_files(self.store.partial(step))
         except CheckpointError as error:
+            self._abandon(unfinished)
             return self._failed(step, error)
-        self._unfinished = _Unfinished(step, save, score)
+        unfinished.score, unfinished.has_files = self._score(metrics_file, step), True
+        self.saved_step = step
         return self.config.asynchronous or self.finish()
 
-    def _begin(self, step: int, num_bytes: int, write_files: Callable[[Path], None]) -> None:
-        folder = self.store.begin(step, num_bytes)
-        try:
-            (folder / ACTOR_FOLDER).mkdir()
-            write_files(folder)
-        except OSError as error:
-            raise CheckpointError(f"{error.filename or folder} cannot be written: {error.strerror}") from error
+    def _abandon(self, unfinished: _Unfinished) -> None:
+        """Wait until no rank writes any more."""
+        self._unfinished = None
+        if unfinished.save is not None:
+            with suppress(CheckpointError):
+                unfinished.save.finish()
 
     def _score(self, metrics_file: Path | None, step: int) -> float | None:
         if self.config.keep_best == 0 or metrics_file is None or not metrics_file.is_file():
@@ -157,7 +209,7 @@ class Checkpointer:
     @property
     def is_written(self) -> bool:
         """Whether this rank writes nothing in the background; no rank talks to another."""
-        return self._unfinished is None or self._unfinished.save.is_done
+        return self._unfinished is None or self._unfinished.save is None or self._unfinished.save.is_done
 
     def advance(self) -> None:
         """Complete the save in the background, if all ranks have written their files; after every step.
@@ -165,11 +217,11 @@ class Checkpointer:
         Raises:
             CheckpointError: It could not be written, and `on_failure` is "stop".
         """
-        if self._unfinished is not None and all(gather_json(self.is_written)):
+        if self._unfinished is not None and self._unfinished.has_files and all(gather_json(self.is_written)):
             self.finish()
 
     def finish(self) -> bool:
-        """Wait for the save in the background, and complete it.
+        """Wait for the save in the background, and complete it; one that `complete` was not called for is given up.
 
         Returns:
             False where it failed.
@@ -180,20 +232,25 @@ class Checkpointer:
         if self._unfinished is None:
             return True
         unfinished, self._unfinished = self._unfinished, None
+        if not unfinished.has_files:
+            self._abandon(unfinished)
+            on_main_rank(lambda: self.store.abandon(unfinished.step))
+            return False
         try:
-            files = unfinished.save.finish()
+            files = {} if unfinished.save is None else unfinished.save.finish()
             written = {f"{ACTOR_FOLDER}/{name}": record for name, record in files.items()}
-            layout = layout_of(self.actor.context)
+            layout = layout_of(self.context)
             on_main_rank(lambda: self.store.commit(unfinished.step, layout, written, unfinished.score))
         except CheckpointError as error:
             return self._failed(unfinished.step, error)
         return True
 
     def _failed(self, step: int, error: CheckpointError) -> bool:
+        self.saved_step = None
         on_main_rank(lambda: self.store.abandon(step))
         if self.config.on_failure == "stop":
             raise error
-        if self.actor.context.rank == 0:
+        if self.context.rank == 0:
             logger.warning("no checkpoint of step %d: %s", step, error)
         return False
 

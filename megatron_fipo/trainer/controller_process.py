@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_fipo.config.load import config_from_values
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.rollout.controller_state import write_controller_state
 from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.rollout.servers.arguments import check_server_arguments
 from megatron_fipo.rollout.servers.pool import TrainerRanks, open_pool
@@ -60,8 +61,8 @@ class ControllerActions:
     @property
     def by_name(self) -> dict[str, Action]:
         """The actions, by the names that rank 0 asks for them."""
-        starting = (self.prepare, self.start_servers, self.start_engine)
-        working = (self.pause, self.resume, self.next_rollout, self.evaluate)
+        starting = (self.prepare, self.start_servers, self.start_engine, self.restore)
+        working = (self.pause, self.resume, self.next_rollout, self.evaluate, self.save)
         return {action.__name__: action for action in (*starting, *working)}
 
     async def prepare(self, config: dict[str, Any], vocab_size: int, positions: int) -> Answer:
@@ -92,6 +93,18 @@ class ControllerActions:
         self._supply = WeightSupply(self._controller, engine, pool, run.pause_mode, self._request_push)
         await enter(running(self._supply.run()))
         return Answer(value={"api_key": pool.api_key})
+
+    async def restore(self, step: int, path: str | None) -> Answer:
+        """Go on where an earlier controller stood."""
+        self._controller.restore(step, None if path is None else Path(path))
+        return Answer()
+
+    async def save(self, path: str) -> Answer:
+        """Write down where the controller stands."""
+        # Taken at once, written while generation goes on.
+        state = self._controller.state()
+        await asyncio.to_thread(write_controller_state, state, Path(path))
+        return Answer()
 
     async def pause(self) -> Answer:
         """Wait until there are servers, and stop them where they are; gives their addresses."""

@@ -11,7 +11,7 @@ from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.samples import Decode
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest, StopRequested
-from megatron_fipo.trainer.agreement import on_every_rank
+from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.evaluation.held_out import HeldOutProblems
 from megatron_fipo.weight_sync.base import WeightSync
 
@@ -68,6 +68,30 @@ class RolloutSide(Protocol):
         """
         ...
 
+    def save(self, path: Path) -> None:
+        """Write down where the controller stands between two steps.
+
+        Args:
+            path: The file.
+
+        Raises:
+            CheckpointError: It cannot be written; raised on every rank.
+        """
+        ...
+
+    def restore(self, step: int, path: Path | None) -> None:
+        """Go on where an earlier run's controller stood, before anything is generated.
+
+        Args:
+            step: Steps that were finished then.
+            path: The file that `save` wrote; None begins at the beginning.
+
+        Raises:
+            CheckpointError: The file is damaged; raised on every rank.
+            ConfigError: The prompts are others, or in another order; raised on every rank.
+        """
+        ...
+
     def yield_devices(self) -> None:
         """Let the trainer have the devices it shares; nothing generates before the next sync.
 
@@ -117,6 +141,19 @@ class EmbeddedRollouts:
     def evaluate(self, folder: Path | None) -> dict[str, float]:
         """Try the held-out problems."""
         return self.generate(lambda controller: self._try_held_out(controller, folder)) or {}
+
+    def save(self, path: Path) -> None:
+        """Write down where the controller stands."""
+        on_main_rank(lambda: self._controller.save(path))
+
+    def restore(self, step: int, path: Path | None) -> None:
+        """Go on where an earlier controller stood."""
+        on_main_rank(lambda: self._controller.restore(step, path))
+
+    @property
+    def _controller(self) -> RolloutController:
+        assert self.controller is not None, "rank 0 has it"
+        return self.controller
 
     def yield_devices(self) -> None:
         """Nothing: the engine lies beside the actor all the time."""

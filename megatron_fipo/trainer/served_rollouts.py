@@ -70,6 +70,14 @@ class ServedRollouts:
         metrics, _ = self.calls.ask("evaluate", {"folder": str(folder)}, self._push_again, may_stop=True)
         return metrics or {}
 
+    def save(self, path: Path) -> None:
+        """Have the controller write down where it stands."""
+        self.calls.ask("save", {"path": str(path)})
+
+    def restore(self, step: int, path: Path | None) -> None:
+        """Have the controller go on where an earlier one stood."""
+        self.calls.ask("restore", {"step": step, "path": None if path is None else str(path)})
+
     def yield_devices(self) -> None:
         """Take the devices' memory from servers that share them with the trainer."""
         if self.colocation is not None and self.policy_version >= 0:

@@ -38,11 +38,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def checkpointer(each: Trainee, folder: Path, **fields: Any) -> Checkpointer:
-    return Checkpointer(CheckpointConfig(every_steps=1, **fields), each.checkpoint, folder)
+    return Checkpointer(CheckpointConfig(every_steps=1, **fields), each.checkpoint.context, each.checkpoint, folder)
 
 
-def note(step: int) -> Any:
-    return lambda folder: (folder / "trainer.json").write_text(json.dumps({"step": step}))
+def save(own: Checkpointer, step: int) -> bool:
+    def note(folder: Path) -> None:
+        if dist.get_rank() == 0:
+            (folder / "trainer.json").write_text(json.dumps({"step": step}))
+
+    own.begin(step)
+    return own.complete(step, note)
 
 
 @contextmanager
@@ -65,7 +70,7 @@ def train_and_find_again(root: Path, folder: Path) -> list[Any]:
         for step, update in enumerate(each.updates, start=1):
             each.train_step.update(update)
             assert own.is_due(step)
-            assert own.save(step, note(step))
+            assert save(own, step)
             states[step] = each.state()
             own.advance()
         own.finish()
@@ -112,22 +117,22 @@ def run_out_of_space(root: Path, folder: Path) -> list[Any]:
     with trainee(root, GRID) as each, warnings_kept() as kept:
         own = checkpointer(each, folder, asynchronous=False)
         each.train_step.update(each.updates[0])
-        told.append(own.save(1, note(1)))
+        told.append(save(own, 1))
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if dist.get_rank() == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        told.append(own.save(2, note(2)))
+        told.append(save(own, 2))
         strict = checkpointer(each, folder, on_failure="stop")
-        strict.save(2, note(2))
+        save(strict, 2)
         with pytest.raises(CheckpointError, match="rank 1: .*step_2.partial/actor cannot be written: File too large"):
             strict.finish()
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         strict.store = CheckpointStore(folder, free_bytes=lambda path: 1000)
         with pytest.raises(CheckpointError, match="GiB are free and a checkpoint needs"):
-            strict.save(2, note(2))
+            save(strict, 2)
         told.append(sorted(path.name for path in folder.iterdir()))
         dist.barrier()
-        told.append(own.save(3, note(3)))
+        told.append(save(own, 3))
     return [told, kept]
 
 
@@ -150,10 +155,10 @@ def die_while_writing(root: Path, folder: Path) -> None:
     with trainee(root, GRID) as each:
         own = checkpointer(each, folder)
         each.train_step.update(each.updates[0])
-        own.save(1, note(1))
+        save(own, 1)
         own.finish()
         HashedFile.write = killed  # type: ignore[method-assign, assignment]
-        own.save(2, note(2))
+        save(own, 2)
         own.finish()
 
 

@@ -11,6 +11,8 @@ from megatron_fipo.config.metrics import WandbConfig
 class WandbSink:
     """Logs into one W&B run; its files lie in `wandb/` in the run directory.
 
+    A run that goes on logs into the same one, whose id is in `wandb_run_id`. W&B drops steps that it has already.
+
     Args:
         config: Project, mode and names.
         directory: The run directory.
@@ -25,11 +27,15 @@ class WandbSink:
     def __init__(self, config: WandbConfig, directory: Path, run_config: Mapping[str, Any]) -> None:
         import wandb
 
+        id_file = directory / "wandb_run_id"
+        run_id = id_file.read_text(encoding="ascii").strip() if id_file.exists() else None
         assert config.mode != "off", "without a run there is no sink"
         try:
             self._run = wandb.init(
                 project=config.project,
                 entity=config.entity,
+                id=run_id,
+                resume="allow",
                 name=config.run_name or directory.name,
                 mode=config.mode,
                 dir=directory,
@@ -43,6 +49,7 @@ class WandbSink:
                 rule=f"W&B could not start a run ({error})",
                 way_out='run `wandb login`, or set it to "offline" and upload with `wandb sync` afterwards',
             ) from error
+        id_file.write_text(f"{self._run.id}\n", encoding="ascii")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log a step's numbers."""

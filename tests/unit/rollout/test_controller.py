@@ -330,11 +330,12 @@ def test_a_surplus_that_fills_the_batch_needs_no_generation() -> None:
     assert ids(controller.surplus) == ["p8", "p9", "p10", "p11"]
 
 
-def test_a_controller_goes_on_where_another_one_stood() -> None:
+def test_a_controller_goes_on_where_another_one_stood(tmp_path: Path) -> None:
     first, second = (make_controller("ssssssssssss", over_sampling=1.5, carry_over_max_lag=1) for _ in range(2))
     rollout(first)
     assert len(first.surplus) == 2
-    second.restore(1, first.state())
+    first.save(tmp_path / "state.npz")
+    second.restore(1, tmp_path / "state.npz")
     batches = [rollout(controller, step=2) for controller in (first, second)]
     assert batches[0].metrics["rollout/groups_carried_in"] == 2
     assert batches[0].metrics == batches[1].metrics

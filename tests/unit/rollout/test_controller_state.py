@@ -81,7 +81,7 @@ def simulation(journal: Path | None) -> Simulation:
 class Life:
     """One life of a run: batches, a sync after each, the state after each, until it is killed."""
 
-    def __init__(self, journal: Path | None, step: int = 0, state: ControllerState | None = None) -> None:
+    def __init__(self, journal: Path | None, step: int = 0, state: Path | None = None) -> None:
         self.controller, self.engine = simulation(journal).build()
         self.step = step
         self.states: dict[int, ControllerState] = {}
@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_draw(saved: int, kil
         path = tmp_path / "state.npz"
         write_controller_state(state, path)
         # Killed: nothing is closed, and the second begins with what is on disk.
-        second = Life(tmp_path, saved, read_controller_state(path))
+        second = Life(tmp_path, saved, path)
         await second.run_to(8, tmp_path)
         await second.controller.close()
         await first.controller.close()
@@ -151,7 +151,8 @@ def test_a_state_keeps_finished_groups_and_the_beginnings_of_others(tmp_path: Pa
         first = Life(tmp_path)
         await first.run_to(1, tmp_path)
         state = first.states[1]
-        second = Life(None, 1, state)
+        write_controller_state(state, tmp_path / "state.npz")
+        second = Life(None, 1, tmp_path / "state.npz")
         started = now()
         await second.controller.resume(1, ())
         collected = await second.controller.collect(2, 1)
@@ -185,7 +186,8 @@ def test_an_unfit_batch_of_the_journal_is_told_and_made_anew(tmp_path: Path, cap
         await first.run_to(4, tmp_path)
         damaged = journal_path(tmp_path, 3)
         damaged.write_bytes(damaged.read_bytes()[:-200])
-        second = Life(tmp_path, 1, first.states[1])
+        write_controller_state(first.states[1], tmp_path / "state.npz")
+        second = Life(tmp_path, 1, tmp_path / "state.npz")
         assert journal_path(tmp_path, 4).exists()
         await second.run_to(3, tmp_path)
         assert not journal_path(tmp_path, 4).exists(), "it came after a batch that is another one now"

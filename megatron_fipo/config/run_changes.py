@@ -1,0 +1,130 @@
+"""How the configuration of a resumed run differs from the one that it began with, and which differences it may have."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_fipo.config.base import ConfigError
+
+Rule = Literal["free", "ask", "keep"]
+"""What becomes of a difference.
+
+"free": it leaves what is learnt as it is, but for rounding. "ask": the run goes on as another one would, so it must be
+named in `checkpoint.accept_changes`. "keep": what the checkpoint holds would not fit it.
+"""
+
+ABSENT = "(not there)"
+
+# Fields and sections; the longest one that a field lies in counts. All others are "ask".
+_RULES: Mapping[str, Rule] = {
+    "output_dir": "free",
+    "num_steps": "free",
+    "checkpoint": "free",
+    "data.epochs": "free",
+    "evaluation.every_steps": "free",
+    "metrics": "free",
+    "model.log_prob_chunk_tokens": "free",
+    "model.recompute_logits": "free",
+    "parallelism": "free",
+    "reward.max_workers": "free",
+    "reward.worker_memory_gib": "free",
+    "rollout.colocated": "free",
+    "rollout.max_batch_sequences": "free",
+    "rollout.max_requests_in_flight": "free",
+    "rollout.sglang": "free",
+    "weight_sync": "free",
+    "mode": "keep",
+    "model.dtype": "keep",
+    "rollout.engine": "keep",
+    "seed": "keep",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A field that differs.
+
+    Attributes:
+        field: Its path, as "optimizer.learning_rate".
+        before: What the run has had.
+        now: What is asked for.
+        rule: What becomes of it.
+    """
+
+    field: str
+    before: Any
+    now: Any
+    rule: Rule
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.field}: {self.before} → {self.now}"
+
+
+def changes_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Every field that differs, in the order of the configuration.
+
+    Args:
+        before: The plain values that the run has had.
+        now: Those that are asked for.
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    fields = [*new, *(field for field in old if field not in new)]
+    return [
+        Change(field, old.get(field, ABSENT), new.get(field, ABSENT), rule_of(field))
+        for field in fields
+        if old.get(field, ABSENT) != new.get(field, ABSENT)
+    ]
+
+
+def check_changes(changes: Sequence[Change], accepted: Sequence[str]) -> None:
+    """Refuse differences that a resumed run may not have.
+
+    Args:
+        changes: The differences.
+        accepted: Fields and sections that may differ although they change what is learnt.
+
+    Raises:
+        ConfigError: For the first difference that is refused.
+    """
+    for change in changes:
+        if change.rule == "keep":
+            raise ConfigError(
+                field=change.field,
+                value=change.now,
+                rule=f"must stay {change.before}, as the run in output_dir has it",
+                way_out="restore it, or choose another output_dir for a new run",
+            )
+    asked = [change for change in changes if change.rule == "ask" and not _lies_in(change.field, accepted)]
+    if asked:
+        names = ", ".join(change.field for change in asked)
+        raise ConfigError(
+            field=asked[0].field,
+            value=asked[0].now,
+            rule=f"the run in output_dir has {asked[0].before}, and what it learns depends on it",
+            way_out=(
+                f"restore it, choose another output_dir, or go on with what is new by --checkpoint.accept_changes "
+                f'"[{names}]"'
+            ),
+        )
+
+
+def rule_of(field: str) -> Rule:
+    """What becomes of a difference in a field."""
+    keys = field.split(".")
+    for length in range(len(keys), 0, -1):
+        if (rule := _RULES.get(".".join(keys[:length]))) is not None:
+            return rule
+    return "ask"
+
+
+def _lies_in(field: str, places: Sequence[str]) -> bool:
+    return any(field == place or field.startswith(f"{place}.") for place in places)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,38 @@
+"""Whether a run may go on with its configuration: it may have been begun with another one."""
+
+import logging
+
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.load import load_config, plain_values
+from megatron_fipo.config.run import RunConfig
+from megatron_fipo.config.run_changes import changes_between, check_changes
+from megatron_fipo.runtime.run_dir import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+def check_against_earlier(config: RunConfig, directory: RunDirectory) -> None:
+    """Compare a run's configuration with the one that its directory was begun with; the log has every difference.
+
+    Args:
+        config: What the run is to go on with.
+        directory: Its directory; one in which no run has begun fits everything.
+
+    Raises:
+        ConfigError: A field has changed that must not, or that `checkpoint.accept_changes` has to name.
+    """
+    if not directory.has_run:
+        return
+    try:
+        earlier = load_config(RunConfig, directory.config_file)
+    except ConfigError as error:
+        raise ConfigError(
+            field="output_dir",
+            value=directory.path,
+            rule=f"this release cannot read the run's own configuration ({error})",
+            way_out="go on with the release that began the run, or choose another directory",
+        ) from error
+    changes = changes_between(plain_values(earlier), plain_values(config))
+    for change in changes:
+        logger.warning("going on with another configuration: %s", change)
+    check_changes(changes, config.checkpoint.accept_changes)

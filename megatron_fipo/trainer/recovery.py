@@ -1,0 +1,135 @@
+"""How the loop saves a run, and how one that was stopped or killed goes on."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
+from megatron_fipo.config.load import dump_config
+from megatron_fipo.parallel.collectives import broadcast_json
+from megatron_fipo.rollout.journal import forget_journal
+from megatron_fipo.runtime.checkpoint_store import Checkpoint
+from megatron_fipo.runtime.disk_errors import disk_errors_told
+from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.trainer.agreement import on_main_rank
+from megatron_fipo.trainer.state import Run, StepReport
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_FILE = "progress.json"
+"""Counters of the loop, in a checkpoint."""
+CONTROLLER_FILE = "rollouts.npz"
+"""State of the rollout controller, in a checkpoint."""
+
+
+def restore(run: Run) -> None:
+    """Bring a run whose directory has begun to its newest checkpoint, or to its beginning; collective over all ranks.
+
+    Raises:
+        CheckpointError: Its checkpoints cannot be used; see `Checkpointer.restore`.
+        ConfigError: The prompts are others, or in another order.
+    """
+    checkpoint = run.checkpointer.restore()
+    progress = broadcast_json(on_main_rank(lambda: None if checkpoint is None else _read_progress(checkpoint)), 0)
+    if progress is not None:
+        run.finished_steps, run.policy_version = progress["finished_steps"], progress["policy_version"]
+        run.safeguards.load_state_dict(progress["safeguards"])
+        if (pending := progress["unreported"]) is not None:
+            run.unreported = StepReport(**pending)
+    if run.rollout is not None:
+        folder = run.checkpointer.store.path(run.finished_steps)
+        run.rollout.restore(run.finished_steps, None if progress is None else folder / CONTROLLER_FILE)
+    on_main_rank(lambda: _forget_later(run, progress))
+
+
+def _forget_later(run: Run, progress: Mapping[str, Any] | None) -> None:
+    assert run.directory is not None, "rank 0 has it"
+    if run.finished_steps < run.config.num_steps and (aside := run.directory.set_export_aside()) is not None:
+        logger.warning("the run goes on, so its export is %s now", aside)
+    if progress is None:
+        logger.warning("%s has no checkpoint yet; the run begins anew", run.directory.path)
+        run.directory.forget_after(-1)
+        return
+    logger.info("going on after step %d of %d", run.finished_steps, run.config.num_steps)
+    run.directory.forget_after(run.finished_steps - (run.unreported is not None))
+
+
+def begin_checkpoint(run: Run) -> None:
+    """Copy the actor to host memory where a checkpoint is due, before its memory is given to anybody.
+
+    Raises:
+        CheckpointError: It cannot be written, and `checkpoint.on_failure` is "stop".
+    """
+    if run.checkpointer.is_due(run.finished_steps):
+        with run.timer.phase("checkpoint"):
+            run.checkpointer.begin(run.finished_steps)
+
+
+def complete_checkpoint(run: Run) -> None:
+    """Add to the checkpoint that has begun what is not the actor's, once the step is reported.
+
+    Raises:
+        CheckpointError: It cannot be written, and `checkpoint.on_failure` is "stop".
+    """
+    own = run.checkpointer
+    if own.has_begun(run.finished_steps):
+        metrics_file = None if run.directory is None else run.directory.metrics_file
+        with run.timer.phase("checkpoint"):
+            own.complete(run.finished_steps, partial(_write_files, run), metrics_file)
+    own.advance()
+    if run.directory is not None:
+        # Older ones would only be needed after several checkpoints had been damaged.
+        needed = own.store.steps()[-own.config.keep_last :]
+        if needed:
+            forget_journal(run.directory.journal, last=needed[0])
+
+
+def save_now(run: Run) -> None:
+    """Write a checkpoint of the finished steps, where there is none, and wait until it is on disk.
+
+    Raises:
+        CheckpointError: It cannot be written, and `checkpoint.on_failure` is "stop".
+    """
+    own = run.checkpointer
+    if own.config.every_steps and run.finished_steps not in (0, own.saved_step):
+        if not own.has_begun(run.finished_steps):
+            if run.rollout is not None:
+                run.rollout.yield_devices()
+            own.begin(run.finished_steps)
+        complete_checkpoint(run)
+    own.finish()
+
+
+def _write_files(run: Run, folder: Path) -> None:
+    """Everything in a checkpoint but the actor; collective over all ranks."""
+    if run.rollout is not None:
+        run.rollout.save(folder / CONTROLLER_FILE)
+    on_main_rank(lambda: _write_own_files(run, folder))
+
+
+def _write_own_files(run: Run, folder: Path) -> None:
+    progress = {
+        "finished_steps": run.finished_steps,
+        "policy_version": run.policy_version,
+        "safeguards": run.safeguards.state_dict(),
+        "unreported": None if run.unreported is None else asdict(run.unreported),
+    }
+    with disk_errors_told(folder, "cannot be written"):
+        write_json(folder / PROGRESS_FILE, progress)
+        (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
+        (folder / CARD_FILE).write_text(effective_algorithm(run.config.algorithm) + "\n", encoding="utf-8")
+
+
+def _read_progress(checkpoint: Checkpoint) -> dict[str, Any]:
+    path = checkpoint.path / PROGRESS_FILE
+    try:
+        progress = json.loads(path.read_bytes())
+        assert progress["finished_steps"] == checkpoint.manifest.step
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"{path}: is not of a run's checkpoint ({type(error).__name__}: {error})") from error
+    return dict(progress)

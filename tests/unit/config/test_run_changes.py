@@ -1,0 +1,68 @@
+"""Which differences a resumed run may have."""
+
+from typing import Any
+
+import pytest
+
+from megatron_fipo.config import run_changes
+from megatron_fipo.config.annotations import fields_of, sections_in
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.run import RunConfig
+from megatron_fipo.config.run_changes import Change, changes_between, check_changes, rule_of
+
+BEFORE = {"seed": 1, "optimizer": {"learning_rate": 1e-6, "betas": [1, 2]}, "reward": {"terms": {}}, "old": 3}
+
+
+def test_every_field_that_differs_is_found() -> None:
+    now = {"seed": 1, "optimizer": {"learning_rate": 2e-6, "betas": [1, 2]}, "reward": {"terms": {"a": 1}}, "new": None}
+    assert changes_between(BEFORE, now) == [
+        Change("optimizer.learning_rate", 1e-6, 2e-6, "ask"),
+        Change("reward.terms.a", "(not there)", 1, "ask"),
+        Change("new", "(not there)", None, "ask"),
+        Change("reward.terms", {}, "(not there)", "ask"),
+        Change("old", 3, "(not there)", "ask"),
+    ]
+    assert str(changes_between(BEFORE, now)[0]) == "optimizer.learning_rate: 1e-06 → 2e-06"
+    assert changes_between(BEFORE, BEFORE) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "rule"),
+    [
+        ("parallelism.context_parallel_size", "free"),
+        ("checkpoint.every_steps", "free"),
+        ("rollout.temperature", "ask"),
+        ("rollout.sglang.urls", "free"),
+        ("model.dtype", "keep"),
+        ("parallelism_of_thought", "ask"),
+    ],
+)
+def test_a_field_has_the_rule_of_its_section(field: str, rule: str) -> None:
+    assert rule_of(field) == rule
+
+
+def test_every_rule_is_of_a_field() -> None:
+    for name in run_changes._RULES:
+        section: Any = RunConfig
+        for key in name.split("."):
+            fields = fields_of(section)
+            assert key in fields, name
+            section = next(iter(sections_in(fields[key][0])), None)
+
+
+def change(field: str) -> Change:
+    return Change(field, "one", "two", rule_of(field))
+
+
+def test_what_is_refused_names_the_way_out() -> None:
+    check_changes([change("num_steps"), change("optimizer.learning_rate")], ["optimizer"])
+    check_changes([change("optimizer.learning_rate")], ["optimizer.learning_rate"])
+    with pytest.raises(ConfigError, match="seed = two: must stay one.*choose another output_dir"):
+        check_changes([change("optimizer.learning_rate"), change("seed")], ["seed", "optimizer"])
+    with pytest.raises(ConfigError) as refused:
+        check_changes([change("algorithm.type"), change("num_steps"), change("data.shuffle")], ["optimizer"])
+    text = str(refused.value)
+    assert text.startswith("algorithm.type = two: the run in output_dir has one")
+    assert '--checkpoint.accept_changes "[algorithm.type, data.shuffle]"' in text
+    with pytest.raises(ConfigError):
+        check_changes([change("optimizer.learning_rate")], ["optimizer.learning"])
