@@ -1,4 +1,4 @@
-"""Where numbers are not finite: in which weight or gradient, on which token. For faults, so that nothing here is quick."""
+"""Where numbers are not finite: in which weight or gradient, on which token. Only for faults: none of it is quick."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

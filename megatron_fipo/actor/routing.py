@@ -171,6 +171,16 @@ class RoutingReplay:
                 tensor.register_hook(choose)
         return output
 
+    @property
+    def layers(self) -> list[int]:
+        """This rank's layers with experts, in the order of `RoutedExperts.experts`, counted among all of the model."""
+        return [place.moe_layer for place in self._places]
+
+    def part(self, values: LongArray) -> LongArray:
+        """Of a value for each of the rank's tokens ([t]), those of the tokens that its routers see."""
+        part: LongArray = torch.from_numpy(values).chunk(self._parts)[self._part].numpy()
+        return part
+
     def read(self, file: RoutingFile, starts: LongArray, sequences: Sequence[int], layout: PackLayout) -> RoutedExperts:
         """The experts of the tokens of one micro-batch that this rank's routers see.
 
@@ -194,8 +204,8 @@ class RoutingReplay:
             tokens[first : first + int(starts[index + 1] - starts[index])] = torch.arange(
                 int(starts[index]), int(starts[index + 1])
             )
-        mine = layout.shard(tokens).chunk(self._parts)[self._part].numpy()
-        experts, recorded = file.read([place.moe_layer for place in self._places], mine)
+        mine = self.part(layout.shard(tokens).numpy())
+        experts, recorded = file.read(self.layers, mine)
         self._check(experts[:, recorded], file)
         return RoutedExperts(torch.from_numpy(experts), torch.from_numpy(recorded))
 

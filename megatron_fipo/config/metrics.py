@@ -31,10 +31,6 @@ class MetricsConfig:
     quantiles: bool = True
     """Report exact quantiles of importance ratios and influence weights. They cost four small all-reduces an update."""
 
-    null_future_kl_budget: float = 0.01
-    """Standard deviation of the Future-KL (nats) on a rollout's first update, where it must be 0, above which the log
-    warns. The influence weights' band [1, 1.2] is 0.18 nats wide."""
-
     tensorboard: bool = False
     """Also write event files for TensorBoard, to tensorboard/ in the run directory."""
 
@@ -53,13 +49,6 @@ class MetricsConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require(
-            self.null_future_kl_budget >= 0,
-            field="null_future_kl_budget",
-            value=self.null_future_kl_budget,
-            rule="must not be negative",
-            way_out="use 0.01, or .inf for no warning",
-        )
         require(
             self.samples_per_step >= 0,
             field="samples_per_step",

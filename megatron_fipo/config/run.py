@@ -14,6 +14,7 @@ from megatron_fipo.config.optimizer import OptimizerConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.config.reward import RewardConfig
 from megatron_fipo.config.rollout import RolloutConfig
+from megatron_fipo.config.safeguards import SafeguardsConfig
 from megatron_fipo.config.weight_sync import PauseMode, WeightSyncConfig
 
 
@@ -68,6 +69,9 @@ class RunConfig:
 
     metrics: MetricsConfig = MetricsConfig()
     """Metrics and samples."""
+
+    safeguards: SafeguardsConfig = SafeguardsConfig()
+    """Numerical faults and collapse."""
 
     def __post_init__(self) -> None:
         """Check what spans sections."""

@@ -371,6 +371,48 @@ _FIPO = Section(
     ),
 )
 
+_SAFEGUARDS = Section(
+    "Safeguards",
+    "numerical_faults.md says what is a fault; one that is only warned of counts, too.",
+    (
+        Metric(
+            name="train/faults_non_finite",
+            description="Updates whose loss or gradient was not finite.",
+            unit="updates",
+        ),
+        Metric(
+            name="train/faults_exploding_ratio",
+            description="Updates with a log-ratio beyond safeguards.max_log_ratio.",
+            unit="updates",
+        ),
+        Metric(
+            name="train/faults_null_noise",
+            description="Updates of the old policy with std(F) beyond safeguards.null_future_kl_budget.",
+            unit="updates",
+        ),
+        Metric(
+            name="train/consecutive_skips",
+            description="Faulty updates skipped since the last applied one.",
+            unit="updates",
+        ),
+        Metric(
+            name="rollout/reward_drop",
+            description="How far the mean reward of the last safeguards.collapse_window_steps lies below the best "
+            "such window.",
+        ),
+        Metric(
+            name="rollout/length_fraction",
+            description="Mean response length of the window, as a part of the longest window's.",
+            unit="fraction",
+        ),
+        Metric(
+            name="rollout/steps_without_signal",
+            description="Steps in a row whose groups all had equal rewards.",
+            unit="steps",
+        ),
+    ),
+)
+
 _MISMATCH = Section(
     "Mismatch between engine and trainer",
     "d is log π_rollout (the engine's) − log π_old (the trainer's, before the first update) of a response token.",
@@ -572,5 +614,18 @@ _PERFORMANCE = Section(
 )
 
 CATALOGUE = Catalogue(
-    (_STEP, _ROLLOUT, _SERVED, _DATA, _UPDATES, _FIPO, _MISMATCH, _REFERENCE, _EVALUATION, _WEIGHT_SYNC, _PERFORMANCE)
+    (
+        _STEP,
+        _ROLLOUT,
+        _SERVED,
+        _DATA,
+        _UPDATES,
+        _FIPO,
+        _SAFEGUARDS,
+        _MISMATCH,
+        _REFERENCE,
+        _EVALUATION,
+        _WEIGHT_SYNC,
+        _PERFORMANCE,
+    )
 )

@@ -154,8 +154,12 @@ def save_batch(batch: TrainBatch, path: Path) -> None:
         )
 
 
-def load_batch(path: Path) -> TrainBatch:
+def load_batch(path: Path, demand_finite: bool = True) -> TrainBatch:
     """Read a recorded batch; nothing is unpickled.
+
+    Args:
+        path: The file.
+        demand_finite: Refuse rewards and log-probabilities that are not finite; false for the study of faults.
 
     Raises:
         RecordedBatchError: The file is missing, unreadable, of another format version, or its arrays disagree.
@@ -177,7 +181,7 @@ def load_batch(path: Path) -> TrainBatch:
     batch = TrainBatch(
         **values, temperature=_scalar(arrays, "temperature"), routing_file=routing if routing.exists() else None
     )
-    problem = _find_disagreement(batch)
+    problem = _find_disagreement(batch) or (_find_non_finite(batch) if demand_finite else None)
     if problem is not None:
         raise RecordedBatchError(f"{path}: {problem}")
     return batch
@@ -215,12 +219,16 @@ def _find_disagreement(batch: TrainBatch) -> str | None:
         "policy_versions are not −1 on prompts and 0 or more on responses": np.all(
             np.where(in_prompt, batch.policy_versions == -1, batch.policy_versions >= 0)
         ),
-        "rewards are not finite": np.all(np.isfinite(batch.rewards)),
-        "rollout_log_probs are not finite": np.all(np.isfinite(batch.rollout_log_probs)),
         "group_ids do not count up from 0": batch.group_ids[0] == 0 and set(np.diff(batch.group_ids)) <= {0, 1},
         "temperature is not a positive number": 0 < batch.temperature < float("inf"),
     }
     return next((problem for problem, holds in checks.items() if not holds), None)
+
+
+def _find_non_finite(batch: TrainBatch) -> str | None:
+    """Which arrays hold numbers that are not finite, or None."""
+    names = [name for name in ("rewards", "rollout_log_probs") if not np.all(np.isfinite(getattr(batch, name)))]
+    return f"{', '.join(names)} are not finite" if names else None
 
 
 def load_recorded(path: Path, config: RunConfig, vocab_size: int) -> TrainBatch:

@@ -9,5 +9,9 @@ class NonFiniteError(RunError):
     """A log-probability, a loss or a gradient was not finite. The weights are those before it."""
 
 
+class SafeguardError(RunError):
+    """A limit of the configuration's safeguards was passed. The weights are those before the update that passed it."""
+
+
 class CheckpointError(RunError):
     """A checkpoint cannot be written or read. What was complete on disk before still is."""

@@ -11,7 +11,7 @@ from megatron_fipo.rewards.base import RewardError
 from megatron_fipo.rollout.admission import NoSignalError
 from megatron_fipo.rollout.batch import RecordedBatchError
 from megatron_fipo.runtime.checkpoint_store import NewerFormatError
-from megatron_fipo.runtime.errors import CheckpointError, NonFiniteError, RunError
+from megatron_fipo.runtime.errors import CheckpointError, NonFiniteError, RunError, SafeguardError
 from megatron_fipo.runtime.stop_request import StopRequested
 from megatron_fipo.trainer.controller_link import ControllerEndedError
 
@@ -30,6 +30,7 @@ _KNOWN: dict[str, type[ConfigError] | type[RunError] | type[StopRequested]] = {
         NoSignalError,
         RecordedBatchError,
         RewardError,
+        SafeguardError,
         StopRequested,
     )
 }

@@ -27,6 +27,7 @@ from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest
 from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.prepare_rollouts import prepare_rollouts
+from megatron_fipo.trainer.safeguards import Safeguards
 from megatron_fipo.trainer.state import Actor, Run
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def _build(
         beginnings.enter_context(_removed_if_refused(directory))
     # Servers become ready while the model is built.
     make_rollouts = None if start_rollouts is None else start_rollouts()
-    actor = _build_actor(config, bridge, context)
+    actor = build_actor(config, bridge, context)
     metrics_writer = on_main_rank(lambda: resources.enter_context(closing(_open_writer(config, directory))))
     if directory is not None:
         card = effective_algorithm(config.algorithm)
@@ -89,6 +90,7 @@ def _build(
         rollout=None if make_rollouts is None else make_rollouts(actor, context),
         directory=directory,
         metrics_writer=metrics_writer,
+        safeguards=Safeguards(config, actor.train_step, context.rank == 0),
         recorded=recorded or (),
         timer=PhaseTimer(progress),
         progress=progress,
@@ -134,7 +136,17 @@ def _find_recorded(config: RunConfig, bridge: HfBridge) -> list[Path]:
     return paths
 
 
-def _build_actor(config: RunConfig, bridge: HfBridge, context: ParallelContext) -> Actor:
+def build_actor(config: RunConfig, bridge: HfBridge, context: ParallelContext) -> Actor:
+    """Build the model being trained, with the model folder's weights, and what runs it; collective over all ranks.
+
+    Args:
+        config: The run.
+        bridge: Its model folder.
+        context: This rank's place.
+
+    Raises:
+        ConfigError: The model cannot be used with these settings; raised on every rank.
+    """
     provider = build_provider(bridge, config.model, config.parallelism, context)
     if config.rollout.replay_routing:
         require_replayable(provider)

@@ -14,9 +14,9 @@ from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import compute_device
 from megatron_fipo.rollout.batch import batch_path, load_recorded, save_batch
 from megatron_fipo.rollout.controller import Rollout
-from megatron_fipo.runtime.errors import NonFiniteError
 from megatron_fipo.runtime.stop_request import StopRequested
 from megatron_fipo.trainer.agreement import on_main_rank
+from megatron_fipo.trainer.dumps import Place
 from megatron_fipo.trainer.evaluation.in_run import evaluate, evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done
 from megatron_fipo.trainer.reporting import report_evaluation, report_step
@@ -51,7 +51,7 @@ def train(run: Run) -> None:
             micro_batches = distribute_batch(run, batch)
             compute_old_log_probs(run, micro_batches)
             compute_reference_log_probs(run, micro_batches)
-            results = update_policy(run, step, micro_batches)
+            results = update_policy(run, step, micro_batches, batch)
             write_token_records(run, step, batch)
             transfer = sync_weights(run)
             evaluation = evaluate_when_due(run, step)
@@ -112,17 +112,21 @@ def assemble_batch(run: Run, step: int, rollout: Rollout | None) -> TrainBatch |
     Raises:
         RecordedBatchError: The recording is damaged.
         ConfigError: The recording does not suit the configuration.
+        SafeguardError: Reward or response length has collapsed.
     """
     return on_main_rank(lambda: _assemble(run, step, rollout))
 
 
 def _assemble(run: Run, step: int, rollout: Rollout | None) -> TrainBatch:
     if rollout is None:
-        return load_recorded(run.recorded[step - 1], run.config, run.actor.bridge.vocab_size)
+        batch = load_recorded(run.recorded[step - 1], run.config, run.actor.bridge.vocab_size)
+    else:
+        batch = rollout.batch
     if run.config.mode == "rollout_only":
         assert run.directory is not None
-        save_batch(rollout.batch, batch_path(run.directory.rollouts, step))
-    return rollout.batch
+        save_batch(batch, batch_path(run.directory.rollouts, step))
+    run.safeguards.watch_rollout(step, batch, {} if rollout is None else rollout.metrics)
+    return batch
 
 
 def distribute_batch(run: Run, batch: TrainBatch | None) -> list[list[MicroBatch]]:
@@ -172,15 +176,17 @@ def _log_probs(
         run.progress.advance(number + 1, len(micro_batches))
 
 
-def update_policy(run: Run, step: int, micro_batches: Sequence[Sequence[MicroBatch]]) -> list[UpdateResult]:
-    """One optimizer step per mini-batch.
+def update_policy(
+    run: Run, step: int, micro_batches: Sequence[Sequence[MicroBatch]], batch: TrainBatch | None
+) -> list[UpdateResult]:
+    """One optimizer step per mini-batch, as far as the safeguards let it.
 
     Raises:
-        NonFiniteError: A loss or gradient was not finite; the weights are those before it.
+        NonFiniteError: A loss, gradient or weight was not finite.
+        SafeguardError: Another safeguard ends the run. The weights are those before it.
     """
     results: list[UpdateResult] = []
-    train_step = run.actor.train_step
-    if train_step is None:
+    if run.actor.train_step is None:
         return results
     if not any(gather_json(_has_signal(micro_batches))):
         if run.is_main:
@@ -188,16 +194,15 @@ def update_policy(run: Run, step: int, micro_batches: Sequence[Sequence[MicroBat
         return results
     with run.timer.phase("update"):
         for number, mini_batch in enumerate(micro_batches):
-            result = train_step.update(mini_batch, run.policy_version)
-            results.append(result)
+            place = Place(
+                step=step,
+                update=number + 1,
+                num_updates=len(micro_batches),
+                policy_version=run.policy_version,
+                is_null=not any(result.applied for result in results),
+            )
+            results.append(run.safeguards.update(mini_batch, place, batch))
             run.progress.advance(number + 1, len(micro_batches))
-            if result.applied:
-                continue
-            where = f"step {step}, update {number + 1} of {len(micro_batches)}"
-            if not result.is_finite:
-                raise NonFiniteError(f"{where}: {result.skip_reason}; the update was not applied")
-            if run.is_main:
-                logger.warning("%s was skipped: %s", where, result.skip_reason)
     run.policy_version += 1
     return results
 

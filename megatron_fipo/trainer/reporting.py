@@ -13,6 +13,7 @@ from megatron_fipo.metrics.reduce import reduce_metrics
 from megatron_fipo.metrics.rollout_metrics import batch_metrics
 from megatron_fipo.platform.device import compute_device, host_memory_bytes, peak_memory_bytes
 from megatron_fipo.rollout.controller import Rollout
+from megatron_fipo.trainer.safeguards import null_future_kl_std
 from megatron_fipo.trainer.state import Run
 from megatron_fipo.types import Accumulator, Metrics, TrainBatch, render_metrics
 
@@ -64,6 +65,7 @@ def report_step(
     metrics |= combine_updates(results)
     if run.actor.train_step is not None and not results:
         metrics |= {"train/updates": batch.num_mini_batches, "train/updates_skipped": batch.num_mini_batches}
+    metrics |= run.safeguards.take_metrics()
     metrics |= measured
     metrics |= times
     generated = {} if rollout is None else rollout.metrics
@@ -71,7 +73,6 @@ def report_step(
     run.metrics_writer.write(metrics)
     run.progress.end_step(step, metrics)
     _log_step(run, metrics)
-    warn_of_noise(metrics, run.config.metrics.null_future_kl_budget)
     _log_evaluation(run, step, measured)
 
 
@@ -99,9 +100,8 @@ def _update_metrics(result: UpdateResult) -> dict[str, float]:
     metrics["train/loss_by_update"], metrics["train/grad_norm_by_update"] = result.loss, result.grad_norm
     if result.kept_tokens:
         metrics["train/loss"], metrics["train/grad_norm"] = result.loss, result.grad_norm
-    if "fipo/future_kl_square_mean" in metrics:
-        variance = metrics["fipo/future_kl_square_mean"] - metrics["fipo/future_kl_mean"] ** 2
-        metrics["fipo/null_future_kl_std"] = max(variance, 0.0) ** 0.5
+    if (noise := null_future_kl_std(metrics)) is not None:
+        metrics["fipo/null_future_kl_std"] = noise
     return metrics
 
 
@@ -143,19 +143,6 @@ def _log_step(run: Run, metrics: Mapping[str, Any]) -> None:
     if "fipo/influence_weight_mean" in metrics:
         parts.append(f"influence {metrics['fipo/influence_weight_mean']:.4f}")
     logger.info("%s (%.1f s)", ", ".join(parts), seconds)
-
-
-def warn_of_noise(metrics: Mapping[str, Any], budget: float) -> None:
-    """Say so where the first update's Future-KL, which must be 0, is not."""
-    noise = metrics.get("fipo/null_future_kl_std", 0.0)
-    if noise > budget:
-        logger.warning(
-            "std(F) = %.4f on the first update, where the policy is the old one and F must be 0; the budget is "
-            "metrics.null_future_kl_budget = %g. Log-probabilities of the update differ from the old ones by numerical "
-            "noise, and the influence weights with them: see docs/algorithm.md",
-            noise,
-            budget,
-        )
 
 
 def _log_evaluation(run: Run, step: int, evaluation: Mapping[str, float]) -> None:

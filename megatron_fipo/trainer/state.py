@@ -18,6 +18,7 @@ from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest
 from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.rollout_side import RolloutSide
+from megatron_fipo.trainer.safeguards import Safeguards
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class Run:
         rollout: The generating side; None in train-only runs.
         directory: Run directory, on rank 0 alone.
         metrics_writer: Writes metrics into it and elsewhere, on rank 0 alone.
+        safeguards: Looks for faults of the updates and for collapse.
         recorded: Recorded batches, one per step, in train-only runs.
         policy_version: Version of the actor's weights: how many steps have been applied.
         timer: Phase times of the current step.
@@ -64,6 +66,7 @@ class Run:
     rollout: RolloutSide | None
     directory: RunDirectory | None
     metrics_writer: MetricsWriter | None
+    safeguards: Safeguards
     recorded: Sequence[Path] = ()
     policy_version: int = 0
     timer: PhaseTimer = field(default_factory=PhaseTimer)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from megatron_fipo.actor.train_step import UpdateResult
-from megatron_fipo.trainer.reporting import combine_updates, throughput, warn_of_noise
+from megatron_fipo.trainer.reporting import combine_updates, throughput
 
 
 def update(loss: float, metrics: dict[str, float] | None = None, **values: Any) -> UpdateResult:
@@ -81,15 +81,6 @@ def test_the_null_mini_batch_is_the_first_update() -> None:
 def test_rounding_of_the_spread_gives_no_imaginary_number() -> None:
     first = update(1.0, {"fipo/future_kl_mean": 0.1, "fipo/future_kl_square_mean": 0.1**2 - 1e-18})
     assert combine_updates([first])["fipo/null_future_kl_std"] == 0.0
-
-
-def test_noise_on_the_null_mini_batch_over_budget_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("WARNING", logger="megatron_fipo"):
-        warn_of_noise({"fipo/null_future_kl_std": 0.01}, 0.01)
-        warn_of_noise({"train/loss": 1.0}, 0.0)
-        assert not caplog.records
-        warn_of_noise({"fipo/null_future_kl_std": 0.02}, 0.01)
-    assert "std(F) = 0.0200 on the first update" in caplog.text
 
 
 def test_no_update_is_no_metric() -> None:
