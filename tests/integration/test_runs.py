@@ -296,9 +296,9 @@ def test_weights_that_are_not_finite_end_the_run_with_the_place(root: Path, earl
     assert kind == "NonFiniteError"
     found = re.fullmatch(
         r"step 1, update 1 of 2: the loss is nan, first in micro-batch 0 of rank [01] \(sequences \[([\d, ]+)\] of the "
-        r"rollout batch\), token \d+ of the response of sequence \d+: log_probs is nan, old_log_probs is nan\. The weights "
-        r"were not finite before it: embedding\.word_embeddings\.weight \(rank 0, 1\); the update was not applied; it is "
-        r"kept in \S+/not_finite/dumps/step_1",
+        r"rollout batch\), token \d+ of the response of sequence \d+: log_probs is nan, old_log_probs is nan\. "
+        r"The weights were not finite before it: embedding\.word_embeddings\.weight \(rank 0, 1\); the update was not "
+        r"applied; it is kept in \S+/not_finite/dumps/step_1",
         text,
     )
     assert found, text
