@@ -24,6 +24,7 @@ from megatron_fipo.conversion.hf_folder import (
     read_model_config,
     read_weight_map,
 )
+from megatron_fipo.conversion.model_files import write_model_files
 from megatron_fipo.conversion.stage_export import StageExport
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.host_memory import require_resident
@@ -44,15 +45,23 @@ class HfBridge:
         folder: Model folder with config.json and safetensors.
         context_length: Overrides the longest position, here and in every export.
         rope_base: Overrides the base of the rotary embedding, here and in every export.
+        has_weights: Whether the folder has weights; without any, as in a checkpoint, there is a `provider` alone.
 
     Raises:
         ConfigError: The folder is missing, incomplete, or of an architecture that cannot be translated.
     """
 
-    def __init__(self, folder: Path, context_length: int | None = None, rope_base: float | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        context_length: int | None = None,
+        rope_base: float | None = None,
+        *,
+        has_weights: bool = True,
+    ) -> None:
         self.folder = folder
         self.source_config = read_model_config(folder)
-        self.shapes = check_weights(folder)
+        self.shapes = check_weights(folder) if has_weights else {}
         self._context_length, self._rope_base = context_length, rope_base
         auto_bridge = import_bridge().AutoBridge
         try:
@@ -86,6 +95,18 @@ class HfBridge:
         """Contents of config.json for an export in `dtype`, overrides applied."""
         name = str(dtype).removeprefix("torch.")
         return model_config_for(self.source_config, name, self._context_length, self._rope_base)
+
+    def write_model_files(self, folder: Path, dtype: torch.dtype) -> None:
+        """Make the folder of a checkpoint that describes the model: see `conversion/model_files.py`.
+
+        Args:
+            folder: The folder; made here.
+            dtype: Precision of the checkpoint's weights.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        write_model_files(folder, self.folder, self.export_config(dtype))
 
     def load(self, model: list[Any], context: ParallelContext) -> None:
         """Fill the model chunks from the folder; collective over all ranks.

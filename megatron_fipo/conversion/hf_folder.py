@@ -22,7 +22,7 @@ SINGLE_NAME = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _FINGERPRINT_BYTES = 4096
 # Files beside the weights that an export carries over unchanged.
-_CARRIED = (
+CARRIED = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,6 +32,8 @@ _CARRIED = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
 )
 
 
@@ -39,7 +41,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json.
 
     Raises:
-        ConfigError: The folder or its config.json is missing or unreadable.
+        ConfigError: The folder or its config.json is missing or unreadable, or asks for code of its own to be run.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -53,6 +55,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
         if isinstance(config, dict):
+            _refuse_code(folder, config)
             return config
     except FileNotFoundError:
         rule = "must contain config.json, and it does not"
@@ -61,6 +64,18 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         rule = f"must contain a readable config.json, and it is not JSON (line {error.lineno}: {error.msg})"
     raise ConfigError(field="model.path", value=str(folder), rule=rule, way_out="fetch the model's files again")
+
+
+def _refuse_code(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose description names Python files of its own, as trust_remote_code would run them."""
+    if config.get("auto_map"):
+        raise ConfigError(
+            field="model.path",
+            value=str(folder),
+            rule="asks for code of its own to be run (auto_map in config.json); trust_remote_code is off, and nothing "
+            "of it was run",
+            way_out="use a model whose architecture is part of transformers, with a config.json without auto_map",
+        )
 
 
 def model_config_for(
@@ -89,7 +104,7 @@ def model_config_for(
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Stream (name, tensor) pairs of all weight files, file by file; one tensor at a time is in memory."""
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 yield name, file.get_tensor(name)
@@ -102,7 +117,7 @@ def fingerprint_folder(folder: Path) -> str:
     changes nearly every element of nearly every tensor, so two checkpoints differ there.
     """
     digest = hashlib.sha256()
-    weights = _weight_files(folder)
+    weights = weight_files(folder)
     others = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES)
     for path in (*weights, *others):
         digest.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
@@ -125,7 +140,8 @@ def _sampled_ranges(file: BinaryIO) -> list[tuple[int, int]]:
     return ranges
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files."""
     return [folder / name for name in sorted(set(read_weight_map(folder).values()) or {SINGLE_NAME})]
 
 
@@ -273,7 +289,7 @@ class HfFolderWriter:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             (self.partial / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         (self.partial / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        for name in _CARRIED:
+        for name in CARRIED:
             if (self.source / name).is_file():
                 shutil.copyfile(self.source / name, self.partial / name)
         for path in self.partial.iterdir():

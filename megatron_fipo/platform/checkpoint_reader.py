@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
@@ -141,3 +142,40 @@ class CheckpointReader(FileSystemReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def read_tensor(self, name: str) -> Tensor:
+        """A whole tensor, whatever pieces it was written in; beside it at most one piece is in memory.
+
+        Raises:
+            CheckpointError: A file is damaged, a piece is missing, or one asks for a class that tensors do not need.
+        """
+        told = self.index.state_dict_metadata[name]
+        assert isinstance(told, TensorStorageMetadata), "the index holds tensors alone"
+        if len(told.chunks) == 1 and told.chunks[0].sizes == told.size:
+            return self._read_piece(name, told.chunks[0], told.properties.dtype)
+        whole, filled = torch.empty(told.size, dtype=told.properties.dtype), 0
+        for chunk in told.chunks:
+            piece = self._read_piece(name, chunk, told.properties.dtype)
+            place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[place].copy_(piece)
+            filled += piece.numel()
+        if filled != whole.numel():
+            raise CheckpointError(f"{self.folder / INDEX_FILE}: {name} has {filled} of {whole.numel()} elements")
+        return whole
+
+    def _read_piece(self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> Tensor:
+        stored = self.index.storage_data.get(MetadataIndex(name, chunk.offsets))
+        if stored is None:
+            raise CheckpointError(f"{self.folder / INDEX_FILE}: a piece of {name} lies nowhere")
+        path = self.folder / stored.relative_path
+        try:
+            with path.open("rb", buffering=0) as file:
+                view = self._slice_file(file, stored)
+                piece: Tensor = torch.load(view, map_location="cpu", weights_only=True)
+            if piece.shape != chunk.sizes or piece.dtype != dtype:
+                raise ValueError(f"{name} has another shape or type than the index says")
+        except (OSError, *_DAMAGE) as error:
+            raise CheckpointError(
+                f"{path} holds a tensor that cannot be read ({error}); nothing in it was run"
+            ) from error
+        return piece

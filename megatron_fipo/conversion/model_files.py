@@ -1,0 +1,94 @@
+"""The small files of a model: its description, tokenizer and templates, as checkpoints and exports carry them."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.conversion.hf_folder import CARRIED, read_model_config
+
+# The folder of a checkpoint that holds them.
+MODEL_FOLDER = "model"
+# Beside them, in a checkpoint alone: where the model came from.
+ORIGIN_FILE = "origin.json"
+
+
+def write_model_files(folder: Path, source: Path, config: Mapping[str, Any]) -> None:
+    """Make a folder that describes a model whose weights are elsewhere.
+
+    Args:
+        folder: The folder; made here.
+        source: Model folder that tokenizer and generation files come from.
+        config: Contents of config.json.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    folder.mkdir(parents=True)
+    write_json_file(folder / "config.json", config)
+    carry_files(source, folder)
+    if not (folder / ORIGIN_FILE).is_file():
+        origin = source.resolve()
+        write_json_file(folder / ORIGIN_FILE, {"name": origin.name, "path": str(origin)})
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, generation and licence files as they are.
+
+    Args:
+        source: Model folder, or what `write_model_files` made.
+        folder: An existing folder.
+    """
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def read_origin(folder: Path) -> str:
+    """Name of the model that one was trained from; empty where it is not known.
+
+    Args:
+        folder: What `write_model_files` made.
+    """
+    try:
+        return str(json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def read_architecture(folder: Path) -> PretrainedConfig:
+    """A model's description as transformers reads it.
+
+    Args:
+        folder: A folder with config.json.
+
+    Raises:
+        ConfigError: There is none, it asks for code of its own, or transformers does not know the architecture.
+    """
+    content = read_model_config(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            field="model.path",
+            value=str(folder),
+            rule=f"describes no model that transformers knows ({content.get('model_type')!r}: {_first_line(error)})",
+            way_out="choose a supported architecture, such as Qwen2, Qwen3, Qwen3-MoE or Llama",
+        ) from error
+
+
+def write_json_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON as model folders have it, on disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

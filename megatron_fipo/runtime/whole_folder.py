@@ -1,0 +1,83 @@
+"""Folders that are there whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron_fipo.config.base import require
+
+
+class WholeFolder:
+    """A new folder that is written under a hidden name beside its place, and takes its name when it is complete.
+
+    Args:
+        target: The folder; must not exist, or be empty.
+        field: What the user calls it, for messages.
+    """
+
+    def __init__(self, target: Path, field: str) -> None:
+        self.target, self.field = target, field
+        self.partial = target.with_name(f".{target.name}.partial")
+
+    def begin(self, num_bytes: int) -> None:
+        """Make the hidden folder; what an interrupted attempt left there is removed.
+
+        Args:
+            num_bytes: Space that its files will take.
+
+        Raises:
+            ConfigError: The target is taken, its parent may not be written to, or there is not so much space.
+            OSError: The disk refuses for another reason.
+        """
+        taken = self.target.is_symlink() or self.target.exists()
+        if taken and self.target.is_dir() and not self.target.is_symlink():
+            taken = any(self.target.iterdir())
+        require(
+            not taken,
+            field=self.field,
+            value=self.target,
+            rule="must be a new or empty folder, and it is not",
+            way_out="choose another folder or remove this one",
+        )
+        nearest = next(place for place in self.target.absolute().parents if place.exists())
+        require(
+            nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+            field=self.field,
+            value=self.target,
+            rule=f"must be in a folder that this user may write to, and {nearest} is none",
+            way_out="choose another folder or mend its permissions",
+        )
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        free = shutil.disk_usage(nearest).free
+        require(
+            free >= num_bytes,
+            field=self.field,
+            value=self.target,
+            rule=f"needs {num_bytes / 1024**3:.2f} GiB, and {free / 1024**3:.2f} are free there",
+            way_out="free some space, or choose a folder on another disk",
+        )
+        self.partial.mkdir(parents=True)
+
+    def commit(self) -> None:
+        """Give the folder its name; what was written is on disk.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        for path in (*(each for each in self.partial.rglob("*")), self.partial):
+            _sync(path)
+        self.partial.rename(self.target)
+        _sync(self.target.absolute().parent)
+
+    def abandon(self) -> None:
+        """Remove what was written; a disk that refuses leaves it to the next attempt."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

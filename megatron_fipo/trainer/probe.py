@@ -1,0 +1,97 @@
+"""The actor's logits on a few sequences, for comparisons with other models."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fipo.actor.forward import ActorForward
+from megatron_fipo.actor.micro_batch import build_micro_batch
+from megatron_fipo.actor.shard import packing_rules
+from megatron_fipo.config.parallelism import ParallelismConfig
+from megatron_fipo.parallel.context import ParallelContext
+from megatron_fipo.parallel.packing import plan_packs
+from megatron_fipo.platform.device import compute_device
+from megatron_fipo.types import TrainBatch
+
+_RANDOM_LENGTHS = (33, 64, 17, 48)
+
+
+def random_sequences(vocab_size: int) -> list[list[int]]:
+    """A few sequences of random tokens, always the same ones."""
+    draws = np.random.default_rng(0)
+    return [draws.integers(0, vocab_size, length).tolist() for length in _RANDOM_LENGTHS]
+
+
+class Probe:
+    """Sequences laid out as the actor takes them.
+
+    Args:
+        sequences: Token ids.
+        parallelism: The actor's process grid.
+        context: This rank's place in it.
+    """
+
+    def __init__(
+        self, sequences: Sequence[Sequence[int]], parallelism: ParallelismConfig, context: ParallelContext
+    ) -> None:
+        self.sequences, self._context = sequences, context
+        batch = _batch(sequences)
+        rules = packing_rules(parallelism)
+        # The sequences' lengths are their own; the run's budget may be below them.
+        room = 2 * len(batch.token_ids) + rules.pack_multiple
+        rules = dataclasses.replace(rules, max_tokens=max(rules.max_tokens, room))
+        plan = plan_packs(batch.sequence_lengths.tolist(), [0] * batch.num_sequences, 1, rules)
+        self._packs = plan[0][0]
+        self._micro_batches = [build_micro_batch(batch, pack, context, compute_device()) for pack in self._packs]
+
+    def logits(self, forward: ActorForward) -> list[Tensor]:
+        """Logits [L, V] float32 of every sequence, on the last pipeline stage; elsewhere nothing.
+
+        Args:
+            forward: The actor; every rank of its grid takes part, and every replica runs all sequences.
+        """
+        found: dict[int, Tensor] = {}
+        for number, local in enumerate(forward.logits(self._micro_batches)):
+            shards = [torch.empty_like(local) for _ in range(self._context.cp_size)]
+            dist.all_gather(shards, local.contiguous(), group=self._context.cp_group)
+            found |= self._by_sequence(number, self._micro_batches[number].layout.unshard(shards))
+        return [found[index] for index in sorted(found)]
+
+    def rows(self, packed: Tensor) -> Tensor:
+        """Rows of the sequences, one after the other, of what an actor gives for all of them in one pack.
+
+        Args:
+            packed: [t, ...] of the pack.
+        """
+        parts = self._by_sequence(0, packed)
+        return torch.cat([parts[index] for index in range(len(self.sequences))])
+
+    def _by_sequence(self, number: int, packed: Tensor) -> dict[int, Tensor]:
+        starts = self._micro_batches[number].layout.cu_seqlens.tolist()
+        return {
+            index: packed[starts[place] : starts[place] + len(self.sequences[index])]
+            for place, index in enumerate(self._packs[number].sequences)
+        }
+
+
+def _batch(sequences: Sequence[Sequence[int]]) -> TrainBatch:
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int32)
+    total, count = int(lengths.sum()), len(lengths)
+    zeros = np.zeros(count, dtype=np.int32)
+    return TrainBatch(
+        token_ids=np.concatenate([np.asarray(sequence, dtype=np.int32) for sequence in sequences]),
+        sequence_lengths=lengths,
+        prompt_lengths=np.ones(count, dtype=np.int32),
+        response_mask=np.zeros(total, dtype=bool),
+        rollout_log_probs=np.zeros(total, dtype=np.float32),
+        rewards=np.zeros(count, dtype=np.float32),
+        advantages=np.zeros(count, dtype=np.float32),
+        group_ids=zeros,
+        mini_batch_ids=zeros,
+        policy_versions=np.full(total, -1, dtype=np.int32),
+        temperature=1.0,
+    )
