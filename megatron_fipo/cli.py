@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 USAGE = """\
 megatron-fipo train|evaluate|check|serve CONFIG.yaml [--section.field value ...]
 megatron-fipo inspect RUN [--step N] [--sample I]
+megatron-fipo convert to-hf RUN|CHECKPOINT OUT | to-megatron HF OUT | verify RUN|CHECKPOINT HF
 
   train     Run the configuration. Start it with srun (slurm/train.sbatch) or torchrun on several ranks, or plainly on
             one. `--mode rollout_only` records rollouts, `--mode train_only` trains on recorded ones.
@@ -23,6 +24,8 @@ megatron-fipo inspect RUN [--step N] [--sample I]
             intervals. CONFIG.yaml may be the run's own. Started again, it goes on where it stopped.
   inspect   Show the steps of a run directory, its samples, and their tokens with log-ratio, Future-KL and influence
             weight; `megatron-fipo inspect --help` says how. Reads files alone.
+  convert   Make a Hugging Face folder of a checkpoint or a checkpoint of a folder, tensor by tensor and proven by bytes
+            and logits; `megatron-fipo convert --help` says how. On one process, or under torchrun or srun.
   check     Read the configuration and say what is wrong with it, also on WORLD_SIZE ranks where that is set.
   serve     On a rollout node, run the SGLang servers of a run with rollout.sglang.num_agents, and end with it
             (slurm/train_sglang.sbatch). Give it what `train` is given.
@@ -34,6 +37,8 @@ megatron-fipo inspect RUN [--step N] [--sample I]
 _IN_EXTRAS = frozenset({"aiohttp", "numpy", "psutil", "pydantic", "rich", "tyro", "yaml"})
 # More than what one rank may wait for servers while the others are in a collective.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# A large model's logits are computed by one rank, while the others wait.
+_CONVERSION_TIMEOUT = timedelta(hours=24)
 _INSTALL = "pip install 'megatron-fipo[train]', or [launch] to check configurations; docs/install.md has the rest"
 
 
@@ -45,7 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if words else 2
-    commands = {"train": _train, "evaluate": _evaluate, "check": _check, "serve": _serve, "inspect": _inspect}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "inspect": _inspect,
+        "convert": _convert,
+        "check": _check,
+        "serve": _serve,
+    }
     if words[0] not in commands:
         print(f"megatron-fipo: no command {words[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
@@ -132,6 +144,21 @@ def _inspect(words: Sequence[str]) -> int:
     return inspect(words)
 
 
+def _convert(words: Sequence[str]) -> int:
+    from megatron_fipo.launch.slurm import rank_variables
+    from megatron_fipo.trainer.convert.words import parse
+
+    os.environ.update(rank_variables(os.environ))
+    conversion = parse(words)
+
+    def work(_: int) -> None:
+        from megatron_fipo.trainer.convert.command import convert
+
+        convert(conversion)
+
+    return _on_ranks(work, "the conversion failed", _CONVERSION_TIMEOUT)
+
+
 def _asks_for_help(words: Sequence[str]) -> bool:
     return bool(words) and words[0] in ("-h", "--help")
 
@@ -175,7 +202,7 @@ def _evaluate_on_ranks(config: "EvaluateConfig") -> int:
     return _on_ranks(lambda rank: evaluate(config), "the evaluation stopped")
 
 
-def _on_ranks(work: Callable[[int], None], end: str) -> int:
+def _on_ranks(work: Callable[[int], None], end: str, timeout: timedelta = _COLLECTIVE_TIMEOUT) -> int:
     """Do the work of this rank, which it is told, in its process group; returns the exit status."""
     from megatron_fipo.runtime.errors import RunError
     from megatron_fipo.runtime.logging import setup_logging
@@ -183,7 +210,7 @@ def _on_ranks(work: Callable[[int], None], end: str) -> int:
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank)
     try:
-        with _process_group():
+        with _process_group(timeout):
             work(rank)
     except RunError as error:
         if rank == 0:
@@ -193,7 +220,7 @@ def _on_ranks(work: Callable[[int], None], end: str) -> int:
 
 
 @contextmanager
-def _process_group() -> Iterator[None]:
+def _process_group(timeout: timedelta) -> Iterator[None]:
     """Join the ranks that torchrun or srun started, or be the only rank."""
     import torch
     import torch.distributed as dist
@@ -207,7 +234,7 @@ def _process_group() -> Iterator[None]:
         torch.cuda.set_device(compute_device())
     with tempfile.TemporaryDirectory(prefix="megatron_fipo_") as folder:
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(collective_backend(), timeout=_COLLECTIVE_TIMEOUT)
+            dist.init_process_group(collective_backend(), timeout=timeout)
         else:
             method = f"file://{folder}/store"
             dist.init_process_group(collective_backend(), init_method=method, rank=0, world_size=1)
