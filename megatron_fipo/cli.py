@@ -98,6 +98,7 @@ def _evaluate(words: Sequence[str]) -> int:
 
 def _check(words: Sequence[str]) -> int:
     from megatron_fipo.rollout.servers.arguments import check_server_arguments
+    from megatron_fipo.runtime.earlier_run import check_against_earlier
     from megatron_fipo.runtime.run_dir import RunDirectory
 
     if (config := _read_run_config("check", words)) is None:
@@ -105,7 +106,9 @@ def _check(words: Sequence[str]) -> int:
     # As slurm/train.sbatch gives it; empty where Slurm does not tell.
     if ranks := os.environ.get("WORLD_SIZE"):
         config.parallelism.check_world_size(int(ranks))
-    RunDirectory.check(config.output_dir)
+    directory = RunDirectory(config.output_dir)
+    directory.check(config.output_dir, may_have_run=config.checkpoint.resume)
+    check_against_earlier(config, directory)
     check_server_arguments(config.rollout.sglang.server_arguments)
     return 0
 

@@ -23,7 +23,7 @@ class RunConfig:
     """Everything `megatron-fipo train` needs to know."""
 
     output_dir: Path
-    """Run directory; must be new or empty."""
+    """Run directory; a new or empty one, or that of a run to go on with."""
 
     num_steps: int
     """Steps: each is one rollout batch and algorithm.updates_per_rollout optimizer steps."""

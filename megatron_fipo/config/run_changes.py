@@ -32,6 +32,7 @@ _RULES: Mapping[str, Rule] = {
     "rollout.max_batch_sequences": "free",
     "rollout.max_requests_in_flight": "free",
     "rollout.sglang": "free",
+    "safeguards": "free",
     "weight_sync": "free",
     "mode": "keep",
     "model.dtype": "keep",

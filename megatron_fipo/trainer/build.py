@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_fipo.actor.checkpoint import ActorCheckpoint
 from megatron_fipo.actor.forward import ActorForward
 from megatron_fipo.actor.model import build_model, build_provider
 from megatron_fipo.actor.optimizer import ActorOptimizer
@@ -18,15 +19,20 @@ from megatron_fipo.config.load import dump_config, plain_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.metrics.writer import MetricsWriter, check_sinks, open_sinks
+from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.parallel.context import ParallelContext, build_parallel_context
 from megatron_fipo.rollout.batch import batch_path, load_recorded
+from megatron_fipo.runtime.earlier_run import check_against_earlier
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
+from megatron_fipo.runtime.run_lock import hold_run_directory
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest
 from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
+from megatron_fipo.trainer.checkpointing import Checkpointer
 from megatron_fipo.trainer.prepare_rollouts import prepare_rollouts
+from megatron_fipo.trainer.recovery import restore
 from megatron_fipo.trainer.safeguards import Safeguards
 from megatron_fipo.trainer.state import Actor, Run
 
@@ -65,37 +71,57 @@ def _build(
         beginnings: Is given what is undone where the run does not come about.
     """
     context = build_parallel_context(config.parallelism, derive_seed(config.seed, "model"))
-    on_main_rank(lambda: RunDirectory.check(config.output_dir))
+    directory = on_main_rank(lambda: _take_directory(config, resources, beginnings))
+    has_run = any(gather_json(directory is not None and directory.has_run))
     on_main_rank(lambda: check_sinks(config.metrics))
     # Every node has its own view of the model folder.
     bridge = on_every_rank(lambda: HfBridge(config.model.path, config.model.context_length, config.model.rope_base))
     generates = config.mode != "train_only"
     start_rollouts = prepare_rollouts(config, bridge, progress, stop, resources) if generates else None
     recorded = on_main_rank(lambda: _find_recorded(config, bridge)) if not generates else None
-    directory = on_main_rank(lambda: RunDirectory.create(config.output_dir, dump_config(config)))
-    if directory is not None:
-        beginnings.enter_context(_removed_if_refused(directory))
+    on_main_rank(lambda: RunDirectory.begin(config.output_dir, dump_config(config)))
     # Servers become ready while the model is built.
     make_rollouts = None if start_rollouts is None else start_rollouts()
     actor = build_actor(config, bridge, context)
-    metrics_writer = on_main_rank(lambda: resources.enter_context(closing(_open_writer(config, directory))))
     if directory is not None:
         card = effective_algorithm(config.algorithm)
         directory.write(CARD_FILE, card + "\n")
         logger.info("effective algorithm:\n%s", card)
-    return Run(
+    run = Run(
         config=config,
         context=context,
         actor=actor,
         rollout=None if make_rollouts is None else make_rollouts(actor, context),
         directory=directory,
-        metrics_writer=metrics_writer,
+        checkpointer=_build_checkpointer(config, context, actor),
         safeguards=Safeguards(config, actor.train_step, context.rank == 0),
         recorded=recorded or (),
         timer=PhaseTimer(progress),
         progress=progress,
         stop=stop,
     )
+    if has_run:
+        restore(run)
+    run.metrics_writer = on_main_rank(lambda: resources.enter_context(closing(_open_writer(run))))
+    return run
+
+
+def _take_directory(config: RunConfig, resources: ExitStack, beginnings: ExitStack) -> RunDirectory:
+    """Hold the run directory alone, and see that the run may begin in it, or go on."""
+    RunDirectory.check(config.output_dir, may_have_run=config.checkpoint.resume)
+    resources.enter_context(hold_run_directory(config.output_dir))
+    directory = RunDirectory(config.output_dir)
+    if not directory.has_run:
+        beginnings.enter_context(_removed_if_refused(directory))
+    check_against_earlier(config, directory)
+    return directory
+
+
+def _build_checkpointer(config: RunConfig, context: ParallelContext, actor: Actor) -> Checkpointer:
+    checkpoint = None
+    if actor.train_step is not None:
+        checkpoint = ActorCheckpoint(actor.chunks, actor.train_step.optimizer, context)
+    return Checkpointer(config.checkpoint, context, checkpoint, RunDirectory(config.output_dir).checkpoints)
 
 
 @contextmanager
@@ -108,9 +134,10 @@ def _removed_if_refused(directory: RunDirectory) -> Iterator[None]:
         raise
 
 
-def _open_writer(config: RunConfig, directory: RunDirectory | None) -> MetricsWriter:
-    assert directory is not None, "rank 0 has the run directory"
-    return MetricsWriter(directory, open_sinks(config.metrics, directory.path, plain_values(config)))
+def _open_writer(run: Run) -> MetricsWriter:
+    assert run.directory is not None, "rank 0 has the run directory"
+    sinks = open_sinks(run.config.metrics, run.directory.path, plain_values(run.config), run.finished_steps)
+    return MetricsWriter(run.directory, sinks)
 
 
 def _find_recorded(config: RunConfig, bridge: HfBridge) -> list[Path]:

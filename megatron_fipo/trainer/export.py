@@ -48,6 +48,9 @@ def export_when_done(run: Run) -> None:
     config = run.config.checkpoint
     if not config.export_at_end or run.actor.train_step is None:
         return
+    if any(gather_json(run.directory is not None and run.directory.export.exists())):
+        # Of a run that had come to its end before.
+        return
     dtype = DTYPES[config.export_dtype]
     if run.rollout is not None:
         run.rollout.yield_devices()

@@ -1,7 +1,7 @@
 """The training loop. Every rank runs it; rank 0 also drives the rollouts and writes the files."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -19,7 +19,8 @@ from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.dumps import Place
 from megatron_fipo.trainer.evaluation.in_run import evaluate, evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done
-from megatron_fipo.trainer.reporting import report_evaluation, report_step
+from megatron_fipo.trainer.recovery import begin_checkpoint, complete_checkpoint, save_now
+from megatron_fipo.trainer.reporting import finish_step, report_evaluation, report_step
 from megatron_fipo.trainer.state import Run
 from megatron_fipo.trainer.token_report import choose_recorded, write_token_records
 from megatron_fipo.types import TrainBatch
@@ -37,9 +38,8 @@ def train(run: Run) -> None:
     """
     with run.resources, _ending_on_request(run):
         run.progress.begin_run(run.config.output_dir, run.config.num_steps)
-        transfer = sync_weights(run)
-        report_evaluation(run, 0, transfer | evaluate_when_due(run, step=0))
-        for step in range(1, run.config.num_steps + 1):
+        report_beginning(run, sync_weights(run))
+        for step in range(run.finished_steps + 1, run.config.num_steps + 1):
             run.progress.begin_step(step)
             on_main_rank(run.stop.raise_if_asked)
             try:
@@ -53,10 +53,14 @@ def train(run: Run) -> None:
             compute_reference_log_probs(run, micro_batches)
             results = update_policy(run, step, micro_batches, batch)
             write_token_records(run, step, batch)
+            finish_step(run, step, rollout, batch, results)
+            begin_checkpoint(run)
             transfer = sync_weights(run)
             evaluation = evaluate_when_due(run, step)
-            report_step(run, step, rollout, batch, results, transfer | evaluation)
+            report_step(run, transfer | evaluation)
+            complete_checkpoint(run)
         on_main_rank(run.stop.raise_if_asked)
+        save_now(run)
         with run.stop.nothing_to_save():
             export_when_done(run)
 
@@ -76,6 +80,22 @@ def _ending_on_request(run: Run) -> Iterator[None]:
 
 def end_on_request(run: Run) -> None:
     """Bring the run to an end between two steps; a rollout or an evaluation that was broken off does not count."""
+    if run.unreported is not None:
+        run.unreported.metrics |= run.timer.drain()
+    save_now(run)
+
+
+def report_beginning(run: Run, transfer: Mapping[str, float]) -> None:
+    """Evaluate before the first step, or after the one whose evaluation an earlier run had broken off.
+
+    Args:
+        run: This rank's view.
+        transfer: Metrics of the weight sync; read on rank 0 alone.
+    """
+    if run.unreported is not None:
+        report_step(run, {**transfer, **evaluate_when_due(run, run.finished_steps)})
+    elif run.finished_steps == 0:
+        report_evaluation(run, 0, {**transfer, **evaluate_when_due(run, 0)})
 
 
 def end_early(run: Run, step: int, reason: EndOfPrompts) -> None:

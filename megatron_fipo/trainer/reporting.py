@@ -14,7 +14,7 @@ from megatron_fipo.metrics.rollout_metrics import batch_metrics
 from megatron_fipo.platform.device import compute_device, host_memory_bytes, peak_memory_bytes
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.trainer.safeguards import null_future_kl_std
-from megatron_fipo.trainer.state import Run
+from megatron_fipo.trainer.state import Run, StepReport
 from megatron_fipo.types import Accumulator, Metrics, TrainBatch, render_metrics
 
 logger = logging.getLogger(__name__)
@@ -36,15 +36,10 @@ def report_evaluation(run: Run, step: int, measured: Mapping[str, float]) -> Non
         _log_evaluation(run, step, measured)
 
 
-def report_step(
-    run: Run,
-    step: int,
-    rollout: Rollout | None,
-    batch: TrainBatch | None,
-    results: Sequence[UpdateResult],
-    measured: Mapping[str, float],
+def finish_step(
+    run: Run, step: int, rollout: Rollout | None, batch: TrainBatch | None, results: Sequence[UpdateResult]
 ) -> None:
-    """Write a step's metrics, samples and log lines on rank 0; collective over all ranks.
+    """Count a step, and put together what is to be told of it.
 
     Args:
         run: This rank's view.
@@ -52,10 +47,9 @@ def report_step(
         rollout: Its rollout, on rank 0; None in train-only runs.
         batch: Its batch, on rank 0.
         results: Its updates.
-        measured: Metrics of the evaluation and of the weight sync after it; read on rank 0 alone.
     """
-    times, memory = run.timer.drain(), _memory()
-    if run.directory is None or run.metrics_writer is None or batch is None:
+    run.finished_steps, run.unreported = step, StepReport(step)
+    if run.directory is None or batch is None:
         return
     metrics: dict[str, Any] = {"step": step, "policy_version": run.policy_version}
     metrics |= batch_metrics(batch)
@@ -66,14 +60,26 @@ def report_step(
     if run.actor.train_step is not None and not results:
         metrics |= {"train/updates": batch.num_mini_batches, "train/updates_skipped": batch.num_mini_batches}
     metrics |= run.safeguards.take_metrics()
-    metrics |= measured
-    metrics |= times
-    generated = {} if rollout is None else rollout.metrics
-    metrics |= throughput(int(batch.sequence_lengths.sum()), generated, times) | memory
+    run.unreported = StepReport(step, metrics, int(batch.sequence_lengths.sum()))
+
+
+def report_step(run: Run, measured: Mapping[str, float]) -> None:
+    """Write the metrics and log lines of the step that was finished last, on rank 0; collective over all ranks.
+
+    Args:
+        run: This rank's view.
+        measured: Metrics of the evaluation and of the weight sync after it; read on rank 0 alone.
+    """
+    times, memory = run.timer.drain(), _memory()
+    report, run.unreported = run.unreported, None
+    if report is None or run.metrics_writer is None:
+        return
+    metrics = {**report.metrics, **measured, **times}
+    metrics |= throughput(report.num_tokens, metrics, metrics) | memory
     run.metrics_writer.write(metrics)
-    run.progress.end_step(step, metrics)
+    run.progress.end_step(report.step, metrics)
     _log_step(run, metrics)
-    _log_evaluation(run, step, measured)
+    _log_evaluation(run, report.step, measured)
 
 
 def combine_updates(results: Sequence[UpdateResult]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest
 from megatron_fipo.runtime.timing import PhaseTimer
+from megatron_fipo.trainer.checkpointing import Checkpointer
 from megatron_fipo.trainer.rollout_side import RolloutSide
 from megatron_fipo.trainer.safeguards import Safeguards
 
@@ -40,6 +41,21 @@ class Actor:
     reference: ReferencePolicy | None = None
 
 
+@dataclass(slots=True)
+class StepReport:
+    """What is told of a step, before the weights were sent and evaluated; on ranks other than 0 the step alone.
+
+    Attributes:
+        step: The step.
+        metrics: Its metrics.
+        num_tokens: Prompt and response tokens of its batch.
+    """
+
+    step: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+    num_tokens: int = 0
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
     """One rank's view of a run.
@@ -53,6 +69,9 @@ class Run:
         metrics_writer: Writes metrics into it and elsewhere, on rank 0 alone.
         safeguards: Looks for faults of the updates and for collapse.
         recorded: Recorded batches, one per step, in train-only runs.
+        checkpointer: Writes and reads checkpoints.
+        finished_steps: Steps whose updates are done.
+        unreported: What is known of the last of them while its metrics are not written; None where they are.
         policy_version: Version of the actor's weights: how many steps have been applied.
         timer: Phase times of the current step.
         progress: Watches the run.
@@ -65,9 +84,12 @@ class Run:
     actor: Actor
     rollout: RolloutSide | None
     directory: RunDirectory | None
-    metrics_writer: MetricsWriter | None
     safeguards: Safeguards
+    checkpointer: Checkpointer
+    metrics_writer: MetricsWriter | None = None
     recorded: Sequence[Path] = ()
+    finished_steps: int = 0
+    unreported: StepReport | None = None
     policy_version: int = 0
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     progress: Progress = NO_PROGRESS
