@@ -17,7 +17,7 @@ class ConvertOptions:
         step: Which checkpoint of a run; None is the newest valid one.
         dtype: Precision to write; None keeps each tensor's own.
         max_file_bytes: Size that a file of weights may reach; a larger tensor has one of its own.
-        verify: What is compared afterwards: every tensor's bytes and the logits, the bytes alone, or nothing.
+        verify: What is compared afterwards: every tensor's bytes and the logits, one of them, or nothing.
         check_hashes: Whether the checkpoint's files are compared with their hashes before they are read.
         memory_bytes: Host memory that models may take for the logits; None is most of what is free.
     """
@@ -25,7 +25,7 @@ class ConvertOptions:
     step: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     max_file_bytes: int = 5 * 1024**3
-    verify: Literal["all", "bytes", "nothing"] = "all"
+    verify: Literal["all", "bytes", "logits", "nothing"] = "all"
     check_hashes: bool = True
     memory_bytes: int | None = None
 

@@ -74,21 +74,21 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="the new folder")
     _add_reading(parser)
     _add_writing(parser)
-    _add_verifying(parser, ["all", "bytes", "nothing"])
+    _add_verifying(parser, ["all", "bytes", "logits", "nothing"])
 
 
 def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="HF", type=Path, help="a Hugging Face model folder with safetensors")
     parser.add_argument("target", metavar="OUT", type=Path, help="the new checkpoint, which holds weights alone")
     _add_writing(parser)
-    _add_verifying(parser, ["all", "bytes", "nothing"])
+    _add_verifying(parser, ["all", "bytes", "logits", "nothing"])
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN|CHECKPOINT", type=Path, help=_CHECKPOINT_HELP)
     parser.add_argument("target", metavar="HF", type=Path, help="the Hugging Face folder")
     _add_reading(parser)
-    _add_verifying(parser, ["all", "bytes"])
+    _add_verifying(parser, ["all", "bytes", "logits"])
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +106,7 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verifying(parser: argparse.ArgumentParser, choices: Sequence[str]) -> None:
-    parser.add_argument("--verify", choices=choices, default="all", help="bytes of every tensor; all: the logits, too")
+    parser.add_argument("--verify", choices=choices, default="all", help="what is compared (default: all)")
     parser.add_argument(
         "--memory-gib", type=float, metavar="X", help="memory that models may take (default: most of what is free)"
     )

@@ -1,0 +1,177 @@
+"""The comparison of logits finds what is wrong with an export by itself, and says where it begins and what it is."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_fipo.actor.model import unwrap
+from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.trainer.convert.command import convert
+from megatron_fipo.trainer.convert.options import ConvertOptions
+from megatron_fipo.trainer.convert.to_hf import to_hf
+from megatron_fipo.trainer.convert.words import Conversion
+from tests.conversions import save_checkpoint
+from tests.distributed_helpers import run_distributed
+from tests.tiny_actors import tiny_actor
+from tests.tiny_models import write_tiny_model
+
+pytestmark = pytest.mark.distributed
+
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {"architecture": "qwen2"},
+    "qwen3": {"architecture": "qwen3", "tied": False},
+    "qwen3_moe": {"architecture": "qwen3_moe"},
+    "llama": {"architecture": "llama", "tied": False},
+}
+NO_PROOF = ConvertOptions(verify="nothing")
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of every model a checkpoint after step 2, one after step 3 with other weights, and their exports."""
+    root = tmp_path_factory.mktemp("logits")
+    for name, options in MODELS.items():
+        write_tiny_model(root / name, **options, num_hidden_layers=3)
+    run_distributed(write_steps, 1, root)
+    return root
+
+
+def write_steps(root: Path) -> None:
+    torch.manual_seed(0)
+    for name in MODELS:
+        with tiny_actor(root / name, dtype="bfloat16") as actor:
+            for step in (2, 3):
+                save_checkpoint(actor, root / f"{name} step {step}", step, "bfloat16")
+                to_hf(root / f"{name} step {step}", root / f"{name} export {step}", NO_PROOF)
+                for chunk in unwrap(actor.chunks):
+                    for parameter in chunk.parameters():
+                        parameter.data.add_(torch.randn_like(parameter), alpha=1e-3)
+
+
+# A mutant changes the tensors of an export, its configuration, or both, and is given the export of the step before.
+Mutant = Callable[[Tensors, dict[str, Any], Tensors], None]
+LAYER = "model.layers.1."
+
+
+def permuted_qkv(tensors: Tensors, config: dict[str, Any], _: Tensors) -> None:
+    """Queries, keys and values as they are cut where their matrix is not taken group by group."""
+    names = [f"{LAYER}self_attn.{part}_proj.weight" for part in "qkv"]
+    heads = config["num_attention_heads"] // config["num_key_value_heads"]
+    rows = [tensors[name].view(config["num_key_value_heads"], -1, tensors[name].shape[-1]) for name in names]
+    assert rows[0].shape[1] == heads * rows[1].shape[1]
+    fused = torch.cat(rows, dim=1).flatten(0, 1)
+    sizes = [len(tensors[name]) for name in names]
+    tensors.update({name: part.clone() for name, part in zip(names, fused.split(sizes), strict=True)})
+
+
+def swapped_gate_and_up(tensors: Tensors, _: dict[str, Any], __: Tensors) -> None:
+    for name in [name for name in tensors if name.startswith(LAYER) and "gate_proj" in name]:
+        other = name.replace("gate_proj", "up_proj")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+
+
+def wrong_rope_base(_: Tensors, config: dict[str, Any], __: Tensors) -> None:
+    config["rope_parameters"]["rope_theta"] *= 10
+
+
+def stale_weight(tensors: Tensors, _: dict[str, Any], before: Tensors) -> None:
+    name = f"{LAYER}self_attn.o_proj.weight"
+    assert not torch.equal(tensors[name], before[name])
+    tensors[name] = before[name]
+
+
+def stale_norm(tensors: Tensors, _: dict[str, Any], before: Tensors) -> None:
+    tensors["model.norm.weight"] = before["model.norm.weight"]
+
+
+# What the error says: where the models part, and what differs.
+MUTANTS: dict[str, tuple[Mutant, list[str]]] = {
+    "permuted QKV": (permuted_qkv, [f"they part at {LAYER}self_attn (", f"{LAYER}self_attn.q_proj.weight has other"]),
+    "swapped gate and up": (swapped_gate_and_up, ["they part at model.layers.1 (", "gate_proj.weight has other bytes"]),
+    "wrong RoPE base": (wrong_rope_base, ["they part at model.layers.0.self_attn (", "'rope_theta': 100000.0"]),
+    "stale weight": (stale_weight, [f"they part at {LAYER}self_attn (", f"{LAYER}self_attn.o_proj.weight has other"]),
+    "stale norm": (stale_norm, ["they part at model.norm (", "model.norm.weight has other bytes"]),
+}
+MEMORY = {"whole": None, "layer by layer": 1}
+
+
+def judge_all(root: Path) -> dict[str, str]:
+    """What is said of every mutant, and of what is right."""
+    told: dict[str, str] = {}
+    for model in MODELS:
+        for kind, memory in MEMORY.items():
+            options = ConvertOptions(verify="logits", memory_bytes=memory)
+            for name in ("right", *MUTANTS):
+                folder = root / "mutant"
+                write_mutant(root, model, name, folder)
+                told[f"{model}, {name}, {kind}"] = verdict(root / f"{model} step 3", folder, options)
+                shutil.rmtree(folder)
+    return told
+
+
+def write_mutant(root: Path, model: str, name: str, folder: Path) -> None:
+    shutil.copytree(root / f"{model} export 3", folder)
+    if name == "right":
+        return
+    tensors, before = (load_file(root / f"{model} export {step}" / "model.safetensors") for step in (3, 2))
+    config = json.loads((folder / "config.json").read_text())
+    MUTANTS[name][0](tensors, config, before)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def verdict(checkpoint: Path, folder: Path, options: ConvertOptions) -> str:
+    try:
+        convert(Conversion(direction="verify", source=checkpoint, target=folder, options=options))
+    except RunError as error:
+        return f"{type(error).__name__}: {error}"
+    return "equal"
+
+
+@pytest.fixture(scope="module")
+def verdicts(root: Path) -> dict[str, str]:
+    return run_distributed(judge_all, 1, root)[0]
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_right_is_found_right(verdicts: dict[str, str], model: str, memory: str) -> None:
+    assert verdicts[f"{model}, right, {memory}"] == "equal"
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_mutant_is_caught_by_its_logits_alone(verdicts: dict[str, str], model: str, mutant: str, memory: str) -> None:
+    told = verdicts[f"{model}, {mutant}, {memory}"]
+    print(told)
+    assert told.startswith("ConversionError: ")
+    assert "its logits differ" in told
+    for text in MUTANTS[mutant][1]:
+        assert text in told
+
+
+def on_two_ranks(root: Path) -> list[str]:
+    """Each precision is compared on a rank of its own; all of them hear of a difference."""
+    options = ConvertOptions(verify="logits")
+    folder = root / "shared mutant"
+    if dist.get_rank() == 0:
+        write_mutant(root, "llama", "wrong RoPE base", folder)
+    dist.barrier()
+    return [verdict(root / "llama step 3", each, options) for each in (folder, root / "llama export 3")]
+
+
+def test_ranks_share_the_precisions(root: Path) -> None:
+    ours, theirs = run_distributed(on_two_ranks, 2, root)
+    assert ours == theirs
+    assert ours[1] == "equal"
+    assert "they part at model.layers.0.self_attn" in ours[0]
