@@ -23,6 +23,7 @@ from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.parallel.context import ParallelContext, build_parallel_context
 from megatron_fipo.rollout.batch import batch_path, load_recorded
 from megatron_fipo.runtime.earlier_run import check_against_earlier
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.run_lock import hold_run_directory
@@ -129,8 +130,10 @@ def _removed_if_refused(directory: RunDirectory) -> Iterator[None]:
     """Leave no run directory behind where an input cannot be used: a run cannot begin in one that another has begun."""
     try:
         yield
-    except ConfigError:
-        directory.remove()
+    except (ConfigError, RunError) as error:
+        # Once a run has begun, what its servers wrote tells more than the error.
+        if isinstance(error, ConfigError) or not directory.has_run:
+            directory.remove()
         raise
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
 from megatron_fipo.config.load import dump_config
+from megatron_fipo.conversion.model_files import MODEL_FOLDER
 from megatron_fipo.parallel.collectives import broadcast_json
+from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rollout.journal import forget_journal
 from megatron_fipo.runtime.checkpoint_store import Checkpoint
 from megatron_fipo.runtime.disk_errors import disk_errors_told
@@ -121,6 +123,8 @@ def _write_own_files(run: Run, folder: Path) -> None:
     }
     with disk_errors_told(folder, "cannot be written"):
         write_json(folder / PROGRESS_FILE, progress)
+        if run.actor.train_step is not None:
+            run.actor.bridge.write_model_files(folder / MODEL_FOLDER, DTYPES[run.config.model.dtype])
         (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
         (folder / CARD_FILE).write_text(effective_algorithm(run.config.algorithm) + "\n", encoding="utf-8")
 

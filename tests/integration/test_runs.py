@@ -262,7 +262,11 @@ def early_ends(root: Path, parallel_runs: dict[str, RunConfig]) -> dict[str, Any
         ),
         small_run(root, "too_few_held_out", data=prompts(root, held_out="held_out"), evaluation={"num_prompts": 9}),
         small_run(root, "no_prompts", data=prompts(root, train="absent")),
-        replace(parallel_runs["first"], parallelism=small_run(root, "x").parallelism),
+        replace(
+            parallel_runs["first"],
+            parallelism=small_run(root, "x").parallelism,
+            checkpoint=replace(parallel_runs["first"].checkpoint, resume=False),
+        ),
         small_run(root, "no_model", model={"path": root / "absent"}),
     ]
     ranks = run_distributed(end_early, 2, configs)

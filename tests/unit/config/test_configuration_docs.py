@@ -29,7 +29,8 @@ def section(page: str, title: str) -> dict[str, str]:
 def test_rows_hold_type_default_meaning_and_rules(tool: ModuleType) -> None:
     page = tool.page()
     run = section(page, "The run")
-    assert run["output_dir"] == "| `output_dir` | `PATH` | required | Run directory; must be new or empty. |"
+    about = "Run directory; a new or empty one, or that of a run to go on with."
+    assert run["output_dir"] == f"| `output_dir` | `PATH` | required | {about} |"
     assert run["num_steps"].endswith(" optimizer steps. *Must be at least 1.* |")
     # A rule in a loop over names.
     assert "*Must be at least 1.*" in section(page, "`parallelism`")["context_parallel_size"]
