@@ -2,16 +2,15 @@
 
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_fipo.config.evaluate import EvaluateConfig
     from megatron_fipo.config.run import RunConfig
+    from megatron_fipo.runtime.stop_request import StopRequest
+    from megatron_fipo.runtime.whereabouts import Whereabouts
 
 USAGE = """\
 megatron-fipo train|evaluate|check|serve CONFIG.yaml [--section.field value ...]
@@ -35,15 +34,13 @@ megatron-fipo convert to-hf RUN|CHECKPOINT OUT | to-megatron HF OUT | verify RUN
 
 # What a command meets first where the package was installed for its losses alone.
 _IN_EXTRAS = frozenset({"aiohttp", "numpy", "psutil", "pydantic", "rich", "tyro", "yaml"})
-# More than what one rank may wait for servers while the others are in a collective.
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # A large model's logits are computed by one rank, while the others wait.
-_CONVERSION_TIMEOUT = timedelta(hours=24)
+_CONVERSION_TIMEOUT_S = 24 * 3600.0
 _INSTALL = "pip install 'megatron-fipo[train]', or [launch] to check configurations; docs/install.md has the rest"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 the run failed, 2 the input was bad."""
+    """Run a command; returns the exit status, see `runtime/exit_codes.py`."""
     from megatron_fipo.config.base import ConfigError
 
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -152,14 +149,25 @@ def _convert(words: Sequence[str]) -> int:
     from megatron_fipo.trainer.convert.words import parse
 
     os.environ.update(rank_variables(os.environ))
+    # Heavy imports come after the words were read, so that their errors are instant.
     conversion = parse(words)
 
-    def work(_: int) -> None:
-        from megatron_fipo.trainer.convert.command import convert
+    from megatron_fipo.config.watchdog import WatchdogConfig
+    from megatron_fipo.runtime.exit_codes import INTERRUPTED, TERMINATED
+    from megatron_fipo.trainer.convert.command import convert
+    from megatron_fipo.trainer.ranks import RankWork, do_on_ranks
 
-        convert(conversion)
-
-    return _on_ranks(work, "the conversion failed", _CONVERSION_TIMEOUT)
+    return do_on_ranks(
+        RankWork(
+            do=lambda rank, where, stop: convert(conversion),
+            name="the conversion",
+            folder=None,
+            # Nothing tells of its progress.
+            watchdog=WatchdogConfig(stall_after_s=0),
+            longest_wait_s=_CONVERSION_TIMEOUT_S,
+            stop_statuses={"SIGINT": INTERRUPTED, "SIGTERM": TERMINATED},
+        )
+    )
 
 
 def _asks_for_help(words: Sequence[str]) -> bool:
@@ -191,99 +199,32 @@ def _train_on_ranks(config: "RunConfig") -> int:
     from megatron_fipo.display.watch import watch_run
     from megatron_fipo.trainer.build import build_run
     from megatron_fipo.trainer.loop import train
+    from megatron_fipo.trainer.ranks import RankWork, do_on_ranks
 
-    def work(rank: int) -> None:
-        with watch_run(config.metrics.live_view, rank) as progress:
-            train(build_run(config, progress))
+    def work(rank: int, where: "Whereabouts", stop: "StopRequest") -> None:
+        with watch_run(config.metrics.live_view, rank) as where.watcher:
+            train(build_run(config, where, stop))
 
-    return _on_ranks(work, "the run stopped")
+    return do_on_ranks(RankWork(do=work, name="the run", folder=config.output_dir, watchdog=config.watchdog))
 
 
 def _evaluate_on_ranks(config: "EvaluateConfig") -> int:
+    from megatron_fipo.config.watchdog import WatchdogConfig
+    from megatron_fipo.runtime.exit_codes import INTERRUPTED, TERMINATED
     from megatron_fipo.trainer.evaluation.command import evaluate
+    from megatron_fipo.trainer.ranks import RankWork, do_on_ranks
 
-    return _on_ranks(lambda rank: evaluate(config), "the evaluation stopped")
-
-
-def _on_ranks(work: Callable[[int], None], end: str, timeout: timedelta = _COLLECTIVE_TIMEOUT) -> int:
-    """Do the work of this rank, which it is told, in its process group; returns the exit status."""
-    from megatron_fipo.runtime.errors import RunError
-    from megatron_fipo.runtime.logging import setup_logging
-
-    rank = int(os.environ.get("RANK", "0"))
-    setup_logging(rank)
-    try:
-        with _process_group(timeout):
-            work(rank)
-    except RunError as error:
-        if rank == 0:
-            print(f"megatron-fipo: {end}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-@contextmanager
-def _process_group(timeout: timedelta) -> Iterator[None]:
-    """Join the ranks that torchrun or srun started, or be the only rank."""
-    import torch
-    import torch.distributed as dist
-
-    from megatron_fipo.config.base import ConfigError
-    from megatron_fipo.platform.device import collective_backend, compute_device, uses_cuda
-    from megatron_fipo.runtime.errors import RunError
-
-    if uses_cuda():
-        _check_visible_devices(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.cuda.set_device(compute_device())
-    with tempfile.TemporaryDirectory(prefix="megatron_fipo_") as folder:
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(collective_backend(), timeout=timeout)
-        else:
-            method = f"file://{folder}/store"
-            dist.init_process_group(collective_backend(), init_method=method, rank=0, world_size=1)
-        try:
-            yield
-        except (ConfigError, RunError):
-            # Raised on every rank. After any other error a rank stands alone, and leaving could wait for ever.
-            _meet_before_leaving()
-            dist.destroy_process_group()
-            raise
-        dist.destroy_process_group()
-
-
-def _check_visible_devices(num_devices: int, local_world_size: int) -> None:
-    """Refuse ranks whose devices are hidden from them."""
-    from megatron_fipo.config.base import require
-
-    require(
-        local_world_size <= num_devices,
-        field="LOCAL_WORLD_SIZE",
-        value=local_world_size,
-        rule=f"each rank of a node uses the device of its number, and a rank sees only {num_devices}",
-        way_out=(
-            "start as many ranks on a node as it has devices, and let each see them all (Slurm: --gpus-per-node, not "
-            "--gpus-per-task or --gpu-bind)"
-        ),
+    return do_on_ranks(
+        RankWork(
+            do=lambda rank, where, stop: evaluate(config),
+            name="the evaluation",
+            folder=config.output_dir,
+            # Nothing tells of its progress.
+            watchdog=WatchdogConfig(stall_after_s=0),
+            # What it has finished is on disk at any time.
+            stop_statuses={"SIGINT": INTERRUPTED, "SIGTERM": TERMINATED},
+        )
     )
-
-
-def _meet_before_leaving() -> None:
-    """Wait for the other ranks, which met the same error, and let no launcher end this one before it has told it.
-
-    Launchers end all ranks once one has failed; that one need not be rank 0, which tells the error.
-    """
-    import signal
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # A rank that is gone cannot come.
-    with suppress(RuntimeError):
-        meeting = dist.all_reduce(torch.zeros(1), async_op=True)
-        assert meeting is not None
-        meeting.wait(timedelta(seconds=30))
 
 
 if __name__ == "__main__":

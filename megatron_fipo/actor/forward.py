@@ -1,5 +1,6 @@
 """The actor's forward pass: micro-batch in, log-probabilities and entropy out, on every schedule of megatron-core."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.device import uses_transformer_engine
 from megatron_fipo.platform.host_memory import require_resident
+from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 
 # "log_probs" [t] float64 with gradient and "entropy" [t] float64; zero where no response token is predicted.
 # A dictionary, because megatron-core asks a model's output for its device and knows tensors and dictionaries alone.
@@ -42,7 +44,12 @@ class ActorForward:
         vocab_size: Vocabulary without padding rows.
         temperature: Sampling temperature, at which log-probabilities are taken.
         routing: Replays the experts that the rollout engine chose; None lets the routers choose.
+
+    Attributes:
+        progress: Told of every micro-batch.
     """
+
+    progress: Progress = NO_PROGRESS
 
     def __init__(
         self,
@@ -88,8 +95,11 @@ class ActorForward:
         require_resident((each for chunk in self.chunks for each in chunk.parameters()), "the actor's weights")
         iterators = [iter(micro_batches) for _ in self.chunks]
 
+        numbers = itertools.count(1)
+
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Any, LossFunction]:
             micro_batch = next(iterator)
+            self.progress.begin_micro_batch(next(numbers), len(micro_batches) * len(self.chunks))
             routed = micro_batch.routed_experts if replay_routing else None
             return self._forward(micro_batch, chunk, processor or self._scores, routed), loss_function(micro_batch)
 

@@ -15,6 +15,7 @@ from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.config.reward import RewardConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.safeguards import SafeguardsConfig
+from megatron_fipo.config.watchdog import WatchdogConfig
 from megatron_fipo.config.weight_sync import PauseMode, WeightSyncConfig
 
 
@@ -69,6 +70,9 @@ class RunConfig:
 
     metrics: MetricsConfig = MetricsConfig()
     """Metrics and samples."""
+
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """Signals, hangs and ranks that die."""
 
     safeguards: SafeguardsConfig = SafeguardsConfig()
     """Numerical faults and collapse."""

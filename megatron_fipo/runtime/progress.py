@@ -1,4 +1,4 @@
-"""How the loop tells a watcher what happens. Rank 0 tells one; the others tell nobody."""
+"""How the loop tells a watcher what happens."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,11 +31,20 @@ class Progress:
     def advance(self, done: int, total: int) -> None:
         """Work within the phase: responses that are finished, or mini-batches; 0 begins a new count."""
 
+    def begin_micro_batch(self, number: int, total: int) -> None:
+        """A micro-batch of the work begins, counted from 1 on this rank and model chunk by model chunk."""
+
+    def show_queues(self, depths: Mapping[str, int]) -> None:
+        """How much waits where: requests, responses and groups by what they wait for."""
+
     def show_response(self, prompt: str, response: str, reward: float) -> None:
         """A response was scored."""
 
     def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """A step's metrics are written."""
+
+    def close(self) -> None:
+        """Show nothing any more; may come from any thread, and more than once."""
 
 
 NO_PROGRESS = Progress()

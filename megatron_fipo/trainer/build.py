@@ -84,6 +84,7 @@ def _build(
     # Servers become ready while the model is built.
     make_rollouts = None if start_rollouts is None else start_rollouts()
     actor = build_actor(config, bridge, context)
+    actor.forward.progress = progress
     if directory is not None:
         card = effective_algorithm(config.algorithm)
         directory.write(CARD_FILE, card + "\n")

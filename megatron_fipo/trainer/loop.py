@@ -74,8 +74,7 @@ def _ending_on_request(run: Run) -> Iterator[None]:
     except StopRequested:
         end_on_request(run)
         raise
-    finally:
-        run.stop.has_nothing_to_save = True
+    run.stop.has_nothing_to_save = True
 
 
 def end_on_request(run: Run) -> None:

@@ -18,6 +18,7 @@ from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.config.reward import ExactMatchTerm, RewardConfig
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.config.watchdog import WatchdogConfig
 from megatron_fipo.parallel.context import destroy_parallel_context
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.logging import quiet_upstream
@@ -56,6 +57,7 @@ def small_run(root: Path, name: str, **changes: Any) -> RunConfig:
         "evaluation": {"num_prompts": 8},
         "checkpoint": {"export_dtype": "float32"},
         "metrics": {"samples_per_step": 3},
+        "watchdog": {},
     }
     classes = {
         "model": ModelConfig,
@@ -67,6 +69,7 @@ def small_run(root: Path, name: str, **changes: Any) -> RunConfig:
         "evaluation": EvaluationConfig,
         "checkpoint": CheckpointConfig,
         "metrics": MetricsConfig,
+        "watchdog": WatchdogConfig,
     }
     values: dict[str, Any] = {"output_dir": root / name, "num_steps": 1, "data": prompts(root)} | changes
     for section, fields in sections.items():

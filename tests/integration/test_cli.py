@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fipo.cli import _check_visible_devices, main
+from megatron_fipo.cli import main
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.trainer.ranks import check_visible_devices
 from tests.integration.small_runs import prompts, read_lines, small_run, write_inputs
 
 PYTHON = [sys.executable, "-m", "megatron_fipo.cli"]
@@ -229,9 +230,9 @@ def test_a_batch_script_that_forgot_srun_is_told(root: Path) -> None:
 
 
 def test_more_ranks_on_a_node_than_visible_devices_are_refused() -> None:
-    _check_visible_devices(num_devices=8, local_world_size=8)
+    check_visible_devices(num_devices=8, local_world_size=8)
     with pytest.raises(ConfigError, match=r"LOCAL_WORLD_SIZE = 8: .* sees only 1; .* --gpus-per-node, not"):
-        _check_visible_devices(num_devices=1, local_world_size=8)
+        check_visible_devices(num_devices=1, local_world_size=8)
 
 
 # What needs the libraries: run in a child of this process, which has imported them.

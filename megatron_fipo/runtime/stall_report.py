@@ -1,0 +1,144 @@
+"""The text about a run that hangs: what every rank does, and which of them the others wait for."""
+
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankState:
+    """What is known of a rank.
+
+    Attributes:
+        rank: The rank.
+        host: Its node.
+        process: Its process there.
+        heard_s: Seconds since it was heard of.
+        idle_s: Seconds since its progress changed.
+        where: What `Whereabouts.told` gave last; empty before.
+        collectives: What `last_collectives` gave, where it answered.
+        stacks: Python stacks of all its threads, where it answered.
+        has_left: Whether it has ended in good order.
+    """
+
+    rank: int
+    host: str
+    process: int
+    heard_s: float
+    idle_s: float
+    where: Mapping[str, Any]
+    collectives: Sequence[Mapping[str, Any]] = field(default=())
+    stacks: str = ""
+    has_left: bool = False
+
+    @property
+    def name(self) -> str:
+        """The rank, and where it runs."""
+        return f"rank {self.rank} ({self.host}, process {self.process})"
+
+    @property
+    def answered(self) -> bool:
+        """Whether it has told what it does."""
+        return bool(self.stacks)
+
+
+def python_stacks() -> str:
+    """What all threads of this process do, the main one first."""
+    threads = {thread.ident: thread for thread in threading.enumerate()}
+    frames = sys._current_frames()
+    main = threading.main_thread().ident
+    parts = []
+    for identity in sorted(frames, key=lambda each: each != main):
+        thread = threads.get(identity)
+        parts.append(f"thread {thread.name if thread else identity}:\n")
+        parts += traceback.format_stack(frames[identity])
+    return "".join(parts)
+
+
+def suspects(ranks: Sequence[RankState]) -> list[str]:
+    """Sentences that name the ranks which others wait for, the surest first; none where nothing tells them apart."""
+    found = [f"{each.name} has ended before the others" for each in ranks if each.has_left]
+    found += [
+        f"{each.name} has not been heard of for {each.heard_s:.0f} s: it is stopped, or its node is out of reach"
+        for each in ranks
+        if not each.answered and not each.has_left
+    ]
+    return found + _behind_in_collectives(ranks) + _behind_in_phases(ranks)
+
+
+def _behind_in_collectives(ranks: Sequence[RankState]) -> list[str]:
+    groups: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for each in ranks:
+        for collective in each.collectives:
+            groups.setdefault(collective["group"], {})[each.rank] = collective
+    names, found = {each.rank: each.name for each in ranks}, []
+    for group, members in groups.items():
+        newest = max(members.values(), key=lambda each: each["number"])
+        behind = [rank for rank, each in members.items() if each["number"] < newest["number"]]
+        waiting = [rank for rank, each in members.items() if each["number"] == newest["number"] and not each["is_over"]]
+        if behind and waiting:
+            found.append(
+                f"{_listed([names[rank] for rank in behind])} did not come to {newest['what']} number "
+                f"{newest['number']} of group {group}, where {_listed([f'rank {rank}' for rank in waiting])} wait"
+            )
+    return found
+
+
+def _behind_in_phases(ranks: Sequence[RankState]) -> list[str]:
+    places: dict[tuple[int, str], list[RankState]] = {}
+    for each in ranks:
+        if each.where and not each.has_left:
+            places.setdefault((each.where["step"], each.where["phase"]), []).append(each)
+    if len(places) < 2:
+        return []
+    told = [
+        f"{_listed([f'rank {each.rank}' for each in there])}: {_place(there[0].where)}" for there in places.values()
+    ]
+    return [f"the ranks are in different phases: {'; '.join(told)}"]
+
+
+def _place(where: Mapping[str, Any]) -> str:
+    if not where:
+        return "nothing is known yet"
+    work, micro_batch = where["work"], where["micro_batch"]
+    parts = [f"step {where['step']}, {where['phase']}"]
+    if work[1]:
+        parts.append(f"{work[0]} of {work[1]} done")
+    if micro_batch[1]:
+        parts.append(f"micro-batch {micro_batch[0]} of {micro_batch[1]}")
+    return ", ".join(parts)
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    shown = list(names[:most]) + ([f"{len(names) - most} more"] if len(names) > most else [])
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def summary(reason: str, ranks: Sequence[RankState]) -> str:
+    """What is printed: the reason, and who is waited for."""
+    return "; ".join([reason, *(suspects(ranks)[:3] or ["nothing tells the ranks apart"])])
+
+
+def report(reason: str, ranks: Sequence[RankState]) -> str:
+    """What is written: the summary, then every rank by itself."""
+    lines = [reason, "", "Who is waited for:"]
+    lines += [f"  {each}" for each in suspects(ranks) or ["nothing tells the ranks apart"]]
+    queues: Mapping[str, int] = next((each.where["queues"] for each in ranks if each.where.get("queues")), {})
+    if queues:
+        lines += ["", "Queues of the rollout controller:", *(f"  {name}: {depth}" for name, depth in queues.items())]
+    lines += ["", "Ranks:"]
+    for each in ranks:
+        lines.append(f"  {each.name}: {_place(each.where)}; no progress for {each.idle_s:.0f} s")
+    for each in ranks:
+        lines += ["", f"--- {each.name}, heard of {each.heard_s:.1f} s ago"]
+        for collective in each.collectives:
+            state = "over" if collective["is_over"] else "WAITS IN IT"
+            lines.append(
+                f"group {collective['group']}: {collective['what']} number {collective['number']}, inputs "
+                f"{collective['sizes']}, {state}"
+            )
+        lines += ["", each.stacks or "It did not answer, so its stacks are not known."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,134 @@
+"""Real runs that are asked to end: the step under way is finished or given up, and all ranks end with one status."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.config.load import dump_config
+from megatron_fipo.config.run import RunConfig
+from megatron_fipo.runtime.exit_codes import GO_ON, INTERRUPTED, TERMINATED
+from tests.cli_ranks import BUILDING, CliRanks
+from tests.integration.small_runs import prompts, read_lines, small_run, write_inputs
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+
+TWO = {"max_tokens_per_micro_batch": 64, "context_parallel_size": 2}
+BOUND_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("stopping"))
+
+
+def endless(root: Path, name: str, **changes: object) -> RunConfig:
+    return small_run(root, name, num_steps=1000, **{"parallelism": TWO} | changes)
+
+
+def train(config: RunConfig) -> list[object]:
+    path = config.output_dir.with_suffix(".yaml")
+    path.write_text(dump_config(config))
+    return ["train", path]
+
+
+def finished_steps(config: RunConfig) -> int:
+    return max(line["step"] for line in read_lines(config.output_dir / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("phase", "asked", "number", "finished"),
+    [
+        ("rollout", 1, signal.SIGUSR1, 1),
+        ("evaluation", 0, signal.SIGTERM, 1),
+        ("old_log_probs", 1, signal.SIGTERM, 2),
+        ("update", 0, signal.SIGUSR1, 2),
+        ("weight_sync", 1, signal.SIGTERM, 2),
+    ],
+)
+def test_a_signal_to_one_rank_ends_all(
+    phase: str, asked: int, number: signal.Signals, finished: int, root: Path, tmp_path: Path
+) -> None:
+    """The rank is in the phase when the signal comes, and goes on only afterwards."""
+    evaluated = {"data": prompts(root, held_out="held_out"), "evaluation": {"num_prompts": 8, "every_steps": 1}}
+    config = endless(root, f"in_{phase}", **evaluated if phase == "evaluation" else {})
+    with CliRanks(tmp_path, train(config), hold_at=(2, phase), holding=asked) as ranks:
+        ranks.wait_until_held()
+        ranks.send(number, asked)
+        ranks.go_on()
+        statuses, seconds = ranks.wait(60.0)
+        assert statuses == [GO_ON, GO_ON]
+        assert seconds < BOUND_S
+        assert ranks.last_line(0) == f"megatron-fipo: the run ended on {number.name}; the same command goes on with it"
+        assert "Traceback" not in ranks.told(0)
+        assert ranks.told(1) == ""
+        assert finished_steps(config) == finished
+
+
+@pytest.mark.parametrize(("numbers", "status"), [((signal.SIGTERM,), GO_ON), ((signal.SIGINT,), INTERRUPTED)])
+def test_a_signal_to_a_run_on_one_rank(numbers: tuple[signal.Signals], status: int, root: Path, tmp_path: Path) -> None:
+    config = small_run(root, f"alone_{status}", num_steps=1000)
+    with CliRanks(tmp_path, train(config), world_size=1, hold_at=(2, "rollout")) as ranks:
+        ranks.wait_until_held()
+        ranks.send(*numbers)
+        ranks.go_on()
+        statuses, seconds = ranks.wait(60.0)
+        assert statuses == [status]
+        assert seconds < BOUND_S
+        assert ranks.last_line().startswith(f"megatron-fipo: the run ended on {numbers[0].name}; ")
+        assert "Traceback" not in ranks.told()
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(root: Path, tmp_path: Path) -> None:
+    config = endless(root, "twice")
+    with CliRanks(tmp_path, train(config), hold_at=(2, "update"), holding=1) as ranks:
+        ranks.wait_until_held()
+        ranks.send(signal.SIGINT)
+        # A launcher hands on what the terminal has sent already.
+        ranks.send(signal.SIGINT)
+        assert ranks.wait(1.2)[0] == [None, None]
+        ranks.send(signal.SIGINT, 0)
+        statuses, seconds = ranks.wait(60.0)
+        assert statuses == [INTERRUPTED, INTERRUPTED]
+        assert seconds < 4.0
+        assert ranks.last_line() == "megatron-fipo: the run ended at once on a second SIGINT"
+
+
+def test_a_run_that_takes_too_long_to_end_is_cut_off(root: Path, tmp_path: Path) -> None:
+    config = endless(root, "slow", watchdog={"stop_within_s": 2.0})
+    with CliRanks(tmp_path, train(config), hold_at=(2, "update"), holding=1) as ranks:
+        ranks.wait_until_held()
+        ranks.send(signal.SIGUSR1, 1)
+        statuses, seconds = ranks.wait(60.0)
+        assert statuses == [GO_ON, GO_ON]
+        assert 2.0 < seconds < 8.0
+        assert "the run did not come to an end within 2 s after SIGUSR1; it goes on from" in ranks.last_line()
+
+
+@pytest.mark.parametrize("place", ["start_up", "export"])
+def test_where_nothing_can_be_lost_a_run_ends_at_once(place: str, root: Path, tmp_path: Path) -> None:
+    config = small_run(root, f"at_once_{place}", parallelism=TWO)
+    hold_at = (1, "export") if place == "export" else BUILDING
+    with CliRanks(tmp_path, train(config), hold_at=hold_at, holding=1) as ranks:
+        ranks.wait_until_held()
+        ranks.send(signal.SIGTERM, 1)
+        statuses, seconds = ranks.wait(60.0)
+        assert statuses == [GO_ON, GO_ON]
+        assert seconds < 4.0
+        assert ranks.last_line() == "megatron-fipo: the run ended on SIGTERM; there was nothing to save"
+        assert ranks.told(1) == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, TERMINATED), (signal.SIGINT, INTERRUPTED), (signal.SIGUSR1, GO_ON)]
+)
+def test_an_evaluation_ends_at_once(number: signal.Signals, status: int, root: Path, tmp_path: Path) -> None:
+    config = endless(root, f"evaluated_{number}", data=prompts(root, held_out="held_out"))
+    words = ["evaluate", *train(config)[1:], "--output_dir", tmp_path / "results"]
+    with CliRanks(tmp_path, words, world_size=1, hold_at=BUILDING) as ranks:
+        ranks.wait_until_held()
+        ranks.send(number)
+        statuses, seconds = ranks.wait(60.0)
+        assert statuses == [status]
+        assert seconds < 4.0
+        assert ranks.last_line() == f"megatron-fipo: the evaluation ended on {number.name}; there was nothing to save"
