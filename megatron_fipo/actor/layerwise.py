@@ -6,7 +6,6 @@ nothing here knows how these are called elsewhere.
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
 
@@ -20,6 +19,7 @@ from megatron_fipo.actor.model import build_provider
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.conversion.bridge import HfBridge
+from megatron_fipo.conversion.transformers_run import first_of
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.device import DTYPES, compute_device
 
@@ -75,7 +75,7 @@ class LayerwiseActor:
             parts[f"model.layers.{number}.self_attn"] = layer.self_attention
             parts[f"model.layers.{number}"] = layer
         for name, part in parts.items():
-            part.register_forward_hook(lambda _, __, output, name=name: observer(name, _first(output)))
+            part.register_forward_hook(lambda _, __, output, name=name: observer(name, first_of(output)))
 
     def _add_hooks(self) -> None:
         decoder = self.chunk.decoder
@@ -113,8 +113,3 @@ class LayerwiseActor:
             # The vocabulary is padded for the tensor-parallel size that wrote it.
             place.copy_(self._read(shard.key)[: place.shape[0]])
         return filled
-
-
-def _first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found

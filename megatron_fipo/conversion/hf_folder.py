@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_fipo.config.base import ConfigError
+from megatron_fipo.conversion.safetensors_file import StoredTensor, TensorRecord, fault_of, record_of, stored_tensors
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -108,6 +109,16 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 yield name, file.get_tensor(name)
+
+
+def read_stored(folder: Path) -> dict[str, StoredTensor]:
+    """Where every tensor of a folder lies, by its name.
+
+    Raises:
+        ConfigError: See `check_weights`.
+    """
+    check_weights(folder)
+    return {each.name: each for path in weight_files(folder) for each in stored_tensors(path)}
 
 
 def fingerprint_folder(folder: Path) -> str:
@@ -233,9 +244,18 @@ class HfFolderWriter:
         source: Folder that tokenizer and generation files come from.
         config: Contents of config.json.
         max_shard_bytes: Size a weight file may reach.
+        remembers: Whether `check_bytes` is to be asked, for which every tensor is hashed as it is written.
     """
 
-    def __init__(self, target: Path, source: Path, config: dict[str, Any], max_shard_bytes: int = 5 * 1024**3) -> None:
+    def __init__(
+        self,
+        target: Path,
+        source: Path,
+        config: dict[str, Any],
+        max_shard_bytes: int = 5 * 1024**3,
+        *,
+        remembers: bool = False,
+    ) -> None:
         self.target, self.source, self.config = target, source, config
         self.max_shard_bytes = max_shard_bytes
         self.partial = target.with_name(f".{target.name}.partial")
@@ -243,6 +263,8 @@ class HfFolderWriter:
         self._shard_bytes = 0
         self._shards: list[list[str]] = []
         self._total_bytes = 0
+        self._remembers = remembers
+        self._records: dict[str, TensorRecord] = {}
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> Path:
         """Write all tensors and the files beside them.
@@ -264,9 +286,21 @@ class HfFolderWriter:
             # A copy: the tensor may be a view of a buffer that the stream reuses.
             self._shard[name] = tensor.detach().cpu().clone().contiguous()
             self._shard_bytes += size
+            if self._remembers:
+                self._records[name] = record_of(self._shard[name], tensor.dtype)
         self._flush()
         self._finish()
         return self.partial
+
+    def check_bytes(self) -> list[str]:
+        """What is wrong with the written folder: tensors that do not read back as they were given."""
+        stored = read_stored(self.partial)
+        faults = {name: fault_of(stored[name].record(), record) for name, record in self._records.items()}
+        return [f"{name} has {fault}" for name, fault in faults.items() if fault]
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def commit(self) -> None:
         """Move the partial folder to the target."""

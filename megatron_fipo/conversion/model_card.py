@@ -20,7 +20,6 @@ class ModelCard:
     """What an export says of itself.
 
     Attributes:
-        name: Name of the model.
         base_model: Name of the model that it was trained from; empty where it is not known.
         step: Finished steps.
         dtype: Precision of the weights.
@@ -29,7 +28,6 @@ class ModelCard:
         proof: What was compared, and how close it is, one line each.
     """
 
-    name: str
     base_model: str
     step: int
     dtype: str
@@ -55,9 +53,9 @@ class ModelCard:
         yield "---"
 
     def _body(self) -> Iterator[str]:
-        yield f"# {self.name}"
-        yield ""
         source = f"`{self.base_model}`" if self.base_model else "a model folder"
+        steps = f", after {self.step} steps of training" if self.step else ""
+        yield from (f"# {self.base_model or 'A model'}{steps}", "")
         if self.step:
             yield f"Trained from {source} with megatron-fipo {megatron_fipo.__version__}: {self.step} steps."
         else:

@@ -126,6 +126,15 @@ class StoredTensor:
         return TensorRecord(self.shape, self.dtype_name, digest.hexdigest())
 
 
+def fault_of(found: TensorRecord, wanted: TensorRecord) -> str:
+    """In what a tensor differs from what it must be; "" where it is the same bit by bit."""
+    if found.shape != wanted.shape:
+        return f"shape {list(found.shape)}, not {list(wanted.shape)}"
+    if found.dtype != wanted.dtype:
+        return f"type {found.dtype}, not {wanted.dtype}"
+    return "other bytes" if found.sha256 != wanted.sha256 else ""
+
+
 def stored_tensors(path: Path) -> Iterator[StoredTensor]:
     """Yield the tensors of a file, in the order of its header; the file was checked before (`check_weights`)."""
     with path.open("rb") as file:

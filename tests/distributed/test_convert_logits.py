@@ -161,7 +161,6 @@ def test_a_mutant_is_caught_by_its_logits_alone(verdicts: dict[str, str], model:
 
 
 def on_two_ranks(root: Path) -> list[str]:
-    """Each precision is compared on a rank of its own; all of them hear of a difference."""
     options = ConvertOptions(verify="logits")
     folder = root / "shared mutant"
     if dist.get_rank() == 0:
@@ -170,7 +169,7 @@ def on_two_ranks(root: Path) -> list[str]:
     return [verdict(root / "llama step 3", each, options) for each in (folder, root / "llama export 3")]
 
 
-def test_ranks_share_the_precisions(root: Path) -> None:
+def test_every_rank_hears_of_a_difference(root: Path) -> None:
     ours, theirs = run_distributed(on_two_ranks, 2, root)
     assert ours == theirs
     assert ours[1] == "equal"

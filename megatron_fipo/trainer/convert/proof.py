@@ -5,13 +5,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.conversion.hf_folder import check_weights, read_model_config, weight_files
-from megatron_fipo.conversion.safetensors_file import StoredTensor, TensorRecord, record_of, stored_tensors
+from megatron_fipo.conversion.hf_folder import read_model_config, read_stored
+from megatron_fipo.conversion.safetensors_file import StoredTensor, TensorRecord, fault_of, record_of
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.trainer.agreement import on_every_rank
 from megatron_fipo.trainer.convert.logits import LogitMismatchError, compare_models
@@ -80,10 +79,8 @@ def _prove_logits(
     *,
     is_rounded: bool,
 ) -> list[str]:
-    # With fewer bits in the checkpoint, both have the same weights in its precision alone.
-    dtypes = [torch.bfloat16] if is_rounded else None
     try:
-        return compare_models(source, weights, folder, options, scratch, dtypes)
+        return compare_models(source, weights, folder, options, scratch, is_rounded=is_rounded)
     except LogitMismatchError as error:
         # Every rank has the error, and all look for the reason.
         differing, _ = _differing(weights, on_every_rank(lambda: _stored(folder)), None)
@@ -93,9 +90,8 @@ def _prove_logits(
 
 
 def _stored(folder: Path) -> dict[str, StoredTensor]:
-    check_weights(folder)
     with told(folder, "cannot be read"):
-        return {each.name: each for path in weight_files(folder) for each in stored_tensors(path)}
+        return read_stored(folder)
 
 
 def _differing(
@@ -147,11 +143,7 @@ def _fault(stored: StoredTensor, part: Tensor | None, wanted: TensorRecord | Non
             found, wanted = record_of(stored.read(), part.dtype), record_of(part, part.dtype)
             if found == wanted:
                 return _ROUNDED
-    if found.shape != wanted.shape:
-        return f"shape {list(found.shape)}, not {list(wanted.shape)}"
-    if found.dtype != wanted.dtype:
-        return f"type {found.dtype}, not {wanted.dtype}"
-    return "other bytes" if found.sha256 != wanted.sha256 else ""
+    return fault_of(found, wanted)
 
 
 def _differing_settings(checkpoint: Path, folder: Path) -> list[str]:

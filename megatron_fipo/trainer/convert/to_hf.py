@@ -135,7 +135,6 @@ def _write_beside(source: CheckpointSource, shards: Sequence[_Shard], folder: Pa
 
 def _finish(source: CheckpointSource, shards: Sequence[_Shard], folder: WholeFolder, proof: Sequence[str]) -> None:
     card = ModelCard(
-        name=folder.target.absolute().name,
         base_model=source.base_model(),
         step=source.step,
         dtype=_dtype_name(shards),

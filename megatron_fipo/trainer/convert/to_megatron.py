@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_fipo.actor.checkpoint_stream import TensorPlace, tensor_file_name, write_tensor_file, write_tensor_index
 from megatron_fipo.config.base import ConfigError, require
-from megatron_fipo.conversion.hf_folder import check_weights, model_config_for, read_model_config, weight_files
+from megatron_fipo.conversion.hf_folder import model_config_for, read_model_config, read_stored
 from megatron_fipo.conversion.model_files import MODEL_FOLDER, read_architecture, write_model_files
-from megatron_fipo.conversion.safetensors_file import StoredTensor, stored_tensors
+from megatron_fipo.conversion.safetensors_file import StoredTensor
 from megatron_fipo.conversion.tensor_map import Link, tensor_map
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import DTYPES, uses_transformer_engine
@@ -68,9 +68,8 @@ class _HfWeights:
     def __init__(self, folder: Path, options: ConvertOptions) -> None:
         self.folder = folder
         self.links = tensor_map(read_architecture(folder), prefers_own_norm=uses_transformer_engine())
-        check_weights(folder)
         with told(folder, "cannot be read"):
-            stored = {each.name: each for path in weight_files(folder) for each in stored_tensors(path)}
+            stored = read_stored(folder)
         self._stored = self._fitting(stored)
         self.dtype = self._dtype(options)
         elements = [sum(tensor.num_elements for tensor in link.hf) for link in self.links]
