@@ -85,10 +85,10 @@ def complete_checkpoint(run: Run) -> None:
             own.complete(run.finished_steps, partial(_write_files, run), metrics_file)
     own.advance()
     if run.directory is not None:
-        # Older ones would only be needed after several checkpoints had been damaged.
-        needed = own.store.steps()[-own.config.keep_last :]
-        if needed:
-            forget_journal(run.directory.journal, last=needed[0])
+        newest = own.store.steps()[-own.config.keep_last :]
+        if len(newest) == own.config.keep_last:
+            # Older batches would be needed only if all of these were damaged.
+            forget_journal(run.directory.journal, last=newest[0])
 
 
 def save_now(run: Run) -> None:
