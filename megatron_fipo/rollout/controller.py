@@ -78,6 +78,7 @@ class RolloutController:
     _served: ServedSource | None = field(init=False, default=None)
     _dispatcher: Dispatcher | None = field(init=False, default=None)
     _replay: JournalReplay | None = field(init=False, default=None)
+    _journalling: asyncio.Future[None] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Choose how the engine is asked."""
@@ -138,7 +139,9 @@ class RolloutController:
                 settled=collected.settled,
                 open_prompts=collected.open_prompts,
             )
-            await asyncio.to_thread(write_journal, entry, journal_path(self.recipe.journal, step))
+            write = asyncio.to_thread(write_journal, entry, journal_path(self.recipe.journal, step))
+            self._journalling = asyncio.ensure_future(write)
+            await asyncio.shield(self._journalling)
             metrics["perf/journal_s"] = time.perf_counter() - started
         return await asyncio.to_thread(self._assemble, step, collected.groups, metrics)
 
@@ -221,13 +224,17 @@ class RolloutController:
         assert source is not None
         return source.state()
 
-    def save(self, path: Path) -> None:
-        """Write down where it stands.
+    async def save(self, path: Path) -> None:
+        """Write down where it stands; generation goes on meanwhile.
 
         Raises:
             CheckpointError: The file cannot be written.
         """
-        write_controller_state(self.state(), path)
+        if self._journalling is not None:
+            # A batch that was being handed over when it was given up: its groups are in the journal, or nowhere.
+            await asyncio.wait([self._journalling])
+        state = self.state()
+        await asyncio.to_thread(write_controller_state, state, path)
 
     def restore(self, step: int, path: Path | None) -> None:
         """Go on where another controller stood, before anything is asked of this one.

@@ -15,7 +15,6 @@ from typing import Any
 
 from megatron_fipo.config.load import config_from_values
 from megatron_fipo.config.run import RunConfig
-from megatron_fipo.rollout.controller_state import write_controller_state
 from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.rollout.servers.arguments import check_server_arguments
 from megatron_fipo.rollout.servers.pool import TrainerRanks, open_pool
@@ -101,9 +100,7 @@ class ControllerActions:
 
     async def save(self, path: str) -> Answer:
         """Write down where the controller stands."""
-        # Taken at once, written while generation goes on.
-        state = self._controller.state()
-        await asyncio.to_thread(write_controller_state, state, Path(path))
+        await self._controller.save(Path(path))
         return Answer()
 
     async def pause(self) -> Answer:

@@ -144,7 +144,7 @@ class EmbeddedRollouts:
 
     def save(self, path: Path) -> None:
         """Write down where the controller stands."""
-        on_main_rank(lambda: self._controller.save(path))
+        on_main_rank(lambda: asyncio.run(self._controller.save(path)))
 
     def restore(self, step: int, path: Path | None) -> None:
         """Go on where an earlier controller stood."""

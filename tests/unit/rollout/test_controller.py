@@ -334,7 +334,7 @@ def test_a_controller_goes_on_where_another_one_stood(tmp_path: Path) -> None:
     first, second = (make_controller("ssssssssssss", over_sampling=1.5, carry_over_max_lag=1) for _ in range(2))
     rollout(first)
     assert len(first.surplus) == 2
-    first.save(tmp_path / "state.npz")
+    asyncio.run(first.save(tmp_path / "state.npz"))
     second.restore(1, tmp_path / "state.npz")
     batches = [rollout(controller, step=2) for controller in (first, second)]
     assert batches[0].metrics["rollout/groups_carried_in"] == 2

@@ -199,3 +199,26 @@ def test_an_unfit_batch_of_the_journal_is_told_and_made_anew(tmp_path: Path, cap
     assert samples_of(second.batches[2]) == samples_of(first.batches[2])
     assert "step 3 and those after it are generated anew" in caplog.text
     assert read_journal(journal_path(tmp_path, 3)).step == 3
+
+
+def test_a_batch_that_is_given_up_while_it_is_handed_over_is_in_the_journal(tmp_path: Path) -> None:
+    """A stop is asked for just then: the state that is saved has its groups no more."""
+
+    async def work() -> tuple[ControllerState, list[JournalEntry]]:
+        life = Life(tmp_path)
+        await life.controller.resume(0, ())
+        await life.controller.next_rollout(1, 0)
+        asked = asyncio.create_task(life.controller.next_rollout(2, 0))
+        while life.controller._journalling is None or life.controller._journalling.done():
+            await asyncio.sleep(0)
+        asked.cancel()
+        await life.controller.save(tmp_path / "state.npz")
+        await life.controller.close()
+        entries = [read_journal(journal_path(tmp_path, step)) for step in (1, 2)]
+        return read_controller_state(tmp_path / "state.npz"), entries
+
+    # In real time: the journal is written by another thread.
+    state, entries = asyncio.run(work())
+    ended = [settled.number for one in entries for settled in one.settled]
+    waiting = [draw.number for draw in state.open_draws] + [settled.number for settled in state.settled]
+    assert sorted(ended + waiting) == list(range(state.num_drawn))
