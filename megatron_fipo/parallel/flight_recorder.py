@@ -34,7 +34,7 @@ def last_collectives() -> list[dict[str, Any]]:
         dump = getattr(c10d, name, None)
         if dump is not None:
             found |= _newest(json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", []))
-    return [found[group] for group in sorted(found)]
+    return [found[group] for group in sorted(found, key=lambda each: int(each.split()[0]))]
 
 
 def _newest(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

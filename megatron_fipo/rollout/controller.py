@@ -112,6 +112,13 @@ class RolloutController:
         return self._waves.surplus
 
     @property
+    def queue_depths(self) -> dict[str, int]:
+        """How much waits where, for people; nothing with an engine that decodes in waves."""
+        if self._served is None or self._dispatcher is None:
+            return {}
+        return self._dispatcher.depths | self._served.depths
+
+    @property
     def ledger(self) -> Ledger:
         """What becomes of every prompt; of served engines."""
         assert self._served is not None, "an engine that decodes in waves leaves nothing open"

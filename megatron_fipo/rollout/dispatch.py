@@ -82,6 +82,15 @@ class Dispatcher:
         self._sender: asyncio.Task[None] | None = None
         self._receiver: asyncio.Task[None] | None = None
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """How much waits for what, for people."""
+        return {
+            "requests to be sent": len(self._open.keys() - self._in_flight),
+            "requests in flight": len(self._in_flight),
+            "responses to be scored": self._backlog(),
+        }
+
     async def generate(
         self,
         request: GenerationRequest,

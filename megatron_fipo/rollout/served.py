@@ -84,6 +84,11 @@ class ServedSource:
         """Finished groups that wait for a batch, oldest first."""
         return [finished.group for finished in self._ready]
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """How many groups there are, for people."""
+        return {"groups under way": len(self._under_way), "groups ready": len(self._ready)}
+
     async def collect(self, step: int, policy_version: int) -> CollectedGroups:
         """See `RolloutController.collect`."""
         self.advance(policy_version)

@@ -82,7 +82,7 @@ def _behind_in_collectives(ranks: Sequence[RankState]) -> list[str]:
         if behind and waiting:
             found.append(
                 f"{_listed([names[rank] for rank in behind])} did not come to {newest['what']} number "
-                f"{newest['number']} of group {group}, where {_listed([f'rank {rank}' for rank in waiting])} wait"
+                f"{newest['number']} of group {group}, awaited by {_listed([f'rank {rank}' for rank in waiting])}"
             )
     return found
 

@@ -33,7 +33,8 @@ DEATH_GRACE_S = 1.0
 ECHO_S = 4.0
 """How long a rank with an error waits whether this is only the echo of another rank's death."""
 ANSWER_S = 10.0
-"""How long ranks have to tell what they do."""
+"""How long ranks have to tell what they do; one that has missed some beats is not waited for."""
+_SILENT_BEATS = 3
 WRITE_S = 20.0
 """How long the report may take to be written: the file system may be what hangs."""
 _SECOND_AFTER_S = 1.0
@@ -347,10 +348,14 @@ class Watchdog:
         own = self._loop.run_in_executor(None, self._own_answer)
         with suppress(TimeoutError):
             async with asyncio.timeout(ANSWER_S):
-                while any(not (peer.answer or peer.has_left) for peer in self._hub.peers.values()):
+                while any(self._may_answer(peer) for peer in self._hub.peers.values()):
                     await asyncio.sleep(0.05)
         reason = f"{self._settings.name} hangs: no rank has made progress for {idle_s:.0f} s"
         await self._report_stall(reason, self._states(await own))
+
+    def _may_answer(self, peer: Peer) -> bool:
+        """Whether an answer may still come."""
+        return not peer.answer and not peer.has_left and self._loop.time() - peer.heard_at < _SILENT_BEATS * BEAT_S
 
     async def _check_hub(self) -> None:
         """On another rank: rank 0 may be what is stopped, and then nobody asks."""

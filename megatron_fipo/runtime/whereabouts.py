@@ -79,7 +79,8 @@ class Whereabouts(Progress):
         self.watcher.begin_micro_batch(number, total)
 
     def show_queues(self, depths: Mapping[str, int]) -> None:
-        """What waits where; that it is told is no sign of work."""
+        """What waits where; only a change is a sign of work."""
+        self.num_changes += depths != self._queues
         self._queues = dict(depths)
         self.watcher.show_queues(depths)
 

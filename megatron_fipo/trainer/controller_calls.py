@@ -118,6 +118,8 @@ class ControllerCalls:
     def _take_in(self, news: str, content: Sequence[Any]) -> None:
         if news == "advance":
             self.progress.advance(*content)
+        elif news == "show_queues":
+            self.progress.show_queues(*content)
         else:
             self.progress.show_response(*content)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_fipo.config.load import config_from_values
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.rollout.servers.arguments import check_server_arguments
 from megatron_fipo.rollout.servers.pool import TrainerRanks, open_pool
@@ -31,6 +32,7 @@ from megatron_fipo.trainer.rollout_message import pack_rollout
 from megatron_fipo.trainer.weight_supply import WeightSupply
 
 _NEWS_EVERY_S = 0.25
+_QUEUES_EVERY_S = 2.0
 _ENDING_PATIENCE_S = 75.0
 
 
@@ -87,10 +89,12 @@ class ControllerActions:
         run = generation.config
         router = await enter(open_router(run.rollout, pool.api_key, RunDirectory(run.output_dir).servers))
         engine = await enter(SglangEngine(pool, run.rollout, generation.vocab_size, shape, router))
-        self._controller = generation.controller(engine, NewsToRank0(self._service))
+        news = NewsToRank0(self._service)
+        self._controller = generation.controller(engine, news)
         self._resources.push_async_callback(self._controller.close)
         self._supply = WeightSupply(self._controller, engine, pool, run.pause_mode, self._request_push)
         await enter(running(self._supply.run()))
+        await enter(running(_tell_queues(self._controller, news)))
         return Answer(value={"api_key": pool.api_key})
 
     async def restore(self, step: int, path: str | None) -> Answer:
@@ -125,6 +129,12 @@ class ControllerActions:
         return await self._service.request_push([asdict(server) for server in servers])
 
 
+async def _tell_queues(controller: RolloutController, news: Progress) -> None:
+    while True:
+        await asyncio.sleep(_QUEUES_EVERY_S)
+        news.show_queues(controller.queue_depths)
+
+
 class NewsToRank0(Progress):
     """Tells rank 0's watcher of responses, a few times a second at most.
 
@@ -134,7 +144,7 @@ class NewsToRank0(Progress):
 
     def __init__(self, service: ControllerService) -> None:
         self._service = service
-        self._told = {"advance": 0.0, "show_response": 0.0}
+        self._told = {"advance": 0.0, "show_response": 0.0, "show_queues": 0.0}
 
     def advance(self, done: int, total: int) -> None:
         """Tell the count; its beginning and end always."""
@@ -143,6 +153,10 @@ class NewsToRank0(Progress):
     def show_response(self, prompt: str, response: str, reward: float) -> None:
         """Tell a response."""
         self._tell("show_response", False, prompt, response, reward)
+
+    def show_queues(self, depths: Mapping[str, int]) -> None:
+        """Tell the depths."""
+        self._tell("show_queues", True, depths)
 
     def _tell(self, news: str, always: bool, *content: Any) -> None:
         now = time.monotonic()
