@@ -14,8 +14,10 @@ from megatron_fipo.conversion.hf_folder import CARRIED, read_model_config
 
 # The folder of a checkpoint that holds them.
 MODEL_FOLDER = "model"
-# Beside them, in a checkpoint alone: where the model came from.
+# Beside them, in a checkpoint alone: which model it was.
 ORIGIN_FILE = "origin.json"
+# How the hub's cache calls the folder of "organisation/model".
+_CACHED = "models--"
 
 
 def write_model_files(folder: Path, source: Path, config: Mapping[str, Any]) -> None:
@@ -32,9 +34,14 @@ def write_model_files(folder: Path, source: Path, config: Mapping[str, Any]) -> 
     folder.mkdir(parents=True)
     write_json_file(folder / "config.json", config)
     carry_files(source, folder)
-    if not (folder / ORIGIN_FILE).is_file():
-        origin = source.resolve()
-        write_json_file(folder / ORIGIN_FILE, {"name": origin.name, "path": str(origin)})
+    write_json_file(folder / ORIGIN_FILE, {"name": model_name(source)})
+
+
+def model_name(folder: Path) -> str:
+    """What a model folder is called: as on the hub where it lies in the hub's cache, else as the folder is."""
+    place = folder.resolve()
+    cached = next((part for part in place.parts if part.startswith(_CACHED)), "")
+    return "/".join(cached.removeprefix(_CACHED).split("--", 1)) if cached else place.name
 
 
 def carry_files(source: Path, folder: Path) -> None:
@@ -73,7 +80,8 @@ def read_architecture(folder: Path) -> PretrainedConfig:
     content = read_model_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError) as error:
+    # Transformers and its checks of a description raise errors of many kinds.
+    except Exception as error:
         raise ConfigError(
             field="model.path",
             value=str(folder),
@@ -91,4 +99,5 @@ def write_json_file(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    cause = error.__cause__ or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

@@ -14,6 +14,7 @@ from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
 from megatron_fipo.conversion.hf_folder import HfFolderWriter
 from megatron_fipo.conversion.logit_check import Agreement, compare_logits
 from megatron_fipo.conversion.model_card import CARD_NAME, ModelCard
+from megatron_fipo.conversion.model_files import model_name
 from megatron_fipo.conversion.transformers_run import TransformersRun
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.platform.device import DTYPES
@@ -81,7 +82,7 @@ def _write_cards(run: Run, folder: Path, dtype: torch.dtype, proof: Sequence[str
     algorithm = effective_algorithm(run.config.algorithm)
     metrics = read_whole_lines(run.directory.path / "metrics.jsonl")[0]
     card = ModelCard(
-        base_model=run.actor.bridge.folder.resolve().name,
+        base_model=model_name(run.actor.bridge.folder),
         step=max((line.get("step", 0) for line in metrics), default=0),
         dtype=str(dtype).removeprefix("torch."),
         algorithm=algorithm,
