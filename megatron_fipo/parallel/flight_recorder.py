@@ -21,8 +21,9 @@ def last_collectives() -> list[dict[str, Any]]:
     """The newest entry of every process group, by group.
 
     Returns:
-        `group` (its name), `what` (the call), `number` (of the group's calls), `sizes` of its inputs, and `is_over`.
-        Nothing where this PyTorch has no recorder.
+        `group` (its name), `what` (the call), `number` (of the group's calls), `sizes` of its inputs, `is_over`, and
+        `is_p2p` for sends and receives, which are numbered and listed by themselves. Nothing where this PyTorch has no
+        recorder.
     """
     # Imported here: these are PyTorch's own parts, which may go or be renamed.
     try:
@@ -42,11 +43,12 @@ def _newest(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for entry in entries:
         number, description = entry["process_group"]
         group = f"{number} {description}".removesuffix(" undefined")
-        newest[group] = {
+        newest[group + " p2p" * entry["is_p2p"]] = {
             "group": group,
             "what": entry["profiling_name"],
             "number": entry["p2p_seq_id" if entry["is_p2p"] else "collective_seq_id"],
             "sizes": entry["input_sizes"],
             "is_over": bool(entry["retired"]),
+            "is_p2p": bool(entry["is_p2p"]),
         }
     return newest
