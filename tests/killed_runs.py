@@ -25,9 +25,11 @@ from megatron_fipo.runtime.hashed_file import HashedFile
 from megatron_fipo.runtime.timing import PhaseTimer
 from tests.marked_processes import MARK
 
-type Victim = Literal["rank 0", "rank 1", "reward worker", "controller", "server", "file", "writer"]
+type Victim = Literal[
+    "rank 0", "rank 1", "reward worker", "controller", "server", "file", "writer", "asked 0", "asked 1"
+]
 """Who is killed: a process at a moment of a phase; or "file", rank 0 at one of its operations on files of the run
-directory; or "writer", a rank at a byte of its part of a checkpoint."""
+directory; or "writer", a rank at a byte of its part of a checkpoint. "asked" ranks are asked to end, by SIGUSR1."""
 
 START = "start"
 _FILE_EVENTS = frozenset({"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"})
@@ -149,11 +151,12 @@ def _watch(life: Life, ranks: list[int], news: int, scale: Scale | None) -> None
 
 def _kill(victim: Victim, ranks: list[int]) -> bool:
     """Kill somebody, if there is such a process."""
-    if victim.startswith("rank"):
-        process = ranks[int(victim.split()[1])]
+    kind, _, number = victim.partition(" ")
+    if kind in ("rank", "asked"):
+        process = ranks[int(number)]
         if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
             return False
-        os.kill(process, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL if kind == "rank" else signal.SIGUSR1)
         return True
     title = {
         "controller": "controller_process",

@@ -41,7 +41,15 @@ class WaveSource:
     surplus: list[RolloutGroup] = field(default_factory=list)
 
     async def collect(self, step: int, policy_version: int) -> CollectedGroups:
-        """See `RolloutController.collect`."""
+        """See `RolloutController.collect`; broken off, it leaves all as it was before."""
+        before = self.state()
+        try:
+            return await self._collect(step, policy_version)
+        except BaseException:
+            self.restore(before)
+            raise
+
+    async def _collect(self, step: int, policy_version: int) -> CollectedGroups:
         assert self.recipe is not None, "batches are made of training prompts"
         stream, drop_zero_variance = self.recipe.stream, self.recipe.algorithm.drop_zero_variance_groups
         admission = Admission(self.config.num_prompts_per_step, drop_zero_variance, self.config.policy_lag)

@@ -80,7 +80,8 @@ def _build(
     generates = config.mode != "train_only"
     start_rollouts = prepare_rollouts(config, bridge, progress, stop, resources) if generates else None
     recorded = on_main_rank(lambda: _find_recorded(config, bridge)) if not generates else None
-    on_main_rank(lambda: RunDirectory.begin(config.output_dir, dump_config(config)))
+    if not has_run:
+        on_main_rank(lambda: RunDirectory.begin(config.output_dir, dump_config(config)))
     # Servers become ready while the model is built.
     make_rollouts = None if start_rollouts is None else start_rollouts()
     actor = build_actor(config, bridge, context)
@@ -104,6 +105,7 @@ def _build(
     )
     if has_run:
         restore(run)
+        on_main_rank(lambda: RunDirectory.begin(config.output_dir, dump_config(config)))
     run.metrics_writer = on_main_rank(lambda: resources.enter_context(closing(_open_writer(run))))
     return run
 

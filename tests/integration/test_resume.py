@@ -1,11 +1,11 @@
 """Runs that go on after an end: the same steps as without one, in the same files."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_fipo.config.run import RunConfig
 from megatron_fipo.runtime.logging import quiet_upstream
 from tests.distributed_helpers import run_distributed
 from tests.integration.small_runs import (
@@ -21,6 +21,18 @@ from tests.integration.small_runs import (
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 STEPS = 4
+# Process grids of two ranks, in an order that has eight different changes from one to another.
+GRIDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    {"context_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2},
+    {"use_distributed_optimizer": True},
+    {"context_parallel_size": 2},
+    {"tensor_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2},
+    {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("resume"))
 
 
-def config(root: Path, name: str, num_steps: int, **changes: Any) -> Any:
+def config(root: Path, name: str, num_steps: int = STEPS, **changes: Any) -> RunConfig:
     values = {
         "rollout": {"over_sampling": 1.5, "carry_over_max_lag": 1, "max_response_tokens": 6},
         "checkpoint": {"every_steps": 2, "export_dtype": "float32", "verify_export": False},
@@ -38,25 +50,90 @@ def config(root: Path, name: str, num_steps: int, **changes: Any) -> Any:
     return small_run(root, name, num_steps=num_steps, **(values | changes))
 
 
-def run_in_parts(root: Path, name: str, parts: list[int], **changes: Any) -> list[Ended]:
+def run_in_turn(configs: list[RunConfig]) -> list[Ended]:
     quiet_upstream()
-    return [run_to_its_end(config(root, name, num_steps, **changes)) for num_steps in parts]
+    return [run_to_its_end(each) for each in configs]
 
 
-def lines(root: Path, name: str) -> list[dict[str, Any]]:
-    return without_times(read_lines(root / name / "metrics.jsonl"))
+def ends_of(configs: list[RunConfig]) -> list[Ended]:
+    """Run them, one after the other on two ranks, which end alike; how they ended on rank 0."""
+    first, second = run_distributed(run_in_turn, 2, configs)
+    assert [each.error for each in first] == [each.error for each in second]
+    return list(first)
 
 
-def export_digest(root: Path, name: str) -> str:
-    return hashlib.sha256((root / name / "export" / "model.safetensors").read_bytes()).hexdigest()
+def lines(config: RunConfig) -> list[dict[str, Any]]:
+    return without_times(read_lines(config.output_dir / "metrics.jsonl"))
 
 
 def test_a_run_that_goes_on_repeats_the_uninterrupted_one_bit_by_bit(root: Path) -> None:
-    for name, parts in (("whole", [STEPS]), ("parts", [1, 3, STEPS])):
-        for ended in run_distributed(run_in_parts, 2, root, name, parts):
-            assert [each.error for each in ended] == [()] * len(parts)
-    whole, parts_lines = lines(root, "whole"), lines(root, "parts")
-    assert [line["step"] for line in parts_lines] == list(range(STEPS + 1))
-    assert parts_lines == whole
-    assert export_digest(root, "parts") == export_digest(root, "whole")
-    assert read_lines(root / "parts" / "samples.jsonl") == read_lines(root / "whole" / "samples.jsonl")
+    whole, *parts = configs = [config(root, "whole"), *(config(root, "parts", steps) for steps in (1, 3, STEPS))]
+    ends = ends_of([*configs, parts[-1]])
+    assert [each.error for each in ends] == [()] * 5
+    assert [line["step"] for line in lines(parts[-1])] == list(range(STEPS + 1))
+    assert lines(parts[-1]) == lines(whole)
+    one, other = whole.output_dir, parts[-1].output_dir
+    for name in ("samples.jsonl", "export/model.safetensors", "evaluations/step_4/problems.jsonl"):
+        assert (other / name).read_bytes() == (one / name).read_bytes()
+    # What the shorter runs had exported is kept.
+    assert sorted(path.name for path in other.glob("export*")) == ["export", "export_step_1", "export_step_3"]
+
+
+def test_a_run_goes_on_in_other_process_grids(root: Path) -> None:
+    """On recorded rollouts, so that rounding cannot change what is trained on."""
+    steps = len(GRIDS)
+    recording = config(root, "recording", steps, mode="rollout_only")
+    replay = {"mode": "train_only", "recorded_rollouts": recording.output_dir / "rollouts", "data": None}
+    whole = config(root, "one_grid", steps, **replay)
+    parts = [
+        config(root, "grids", step, **replay, parallelism={"max_tokens_per_micro_batch": 64} | grid)
+        for step, grid in enumerate(GRIDS, start=1)
+    ]
+    ends = ends_of([recording, whole, *parts])
+    assert [each.error for each in ends] == [()] * (2 + steps)
+    one, other = lines(whole), lines(parts[-1])
+    assert [line["step"] for line in other] == list(range(steps + 1))
+    for mine, its in zip(other, one, strict=True):
+        assert mine.keys() == its.keys()
+        for key in ("train/loss", "train/grad_norm"):
+            if key in its:
+                assert mine[key] == pytest.approx(its[key], rel=2e-6, abs=1e-7), (mine["step"], key)
+
+
+def test_changes_of_the_configuration_are_told_and_refused_or_accepted(root: Path) -> None:
+    begun = config(root, "changed", 2)
+    refused = {
+        "seed": config(root, "changed", 3, seed=2),
+        "learning rate": config(root, "changed", 3, optimizer={"learning_rate": 2e-3}),
+        "prompts": config(root, "changed", 3, data=prompts(root, "hopeless", "held_out")),
+        "resume": config(root, "changed", 3, checkpoint={"resume": False}),
+    }
+    accepted = config(
+        root,
+        "changed",
+        3,
+        optimizer={"learning_rate": 2e-3},
+        checkpoint={"accept_changes": ("optimizer",), "every_steps": 2, "export_at_end": False},
+    )
+    other_prompts = config(
+        root,
+        "changed",
+        4,
+        data=prompts(root, "hopeless", "held_out"),
+        optimizer={"learning_rate": 2e-3},
+        checkpoint={"accept_changes": ("data",)},
+    )
+    first, *ends, went_on, fingerprint = ends_of([begun, *refused.values(), accepted, other_prompts])
+    assert first.error == went_on.error == ()
+    errors = dict(zip(refused, (each.error for each in ends), strict=True))
+    assert errors["seed"][1].startswith("seed = 2: must stay 1, as the run in output_dir has it; restore it, or")
+    assert '--checkpoint.accept_changes "[optimizer.learning_rate]"' in errors["learning rate"][1]
+    assert errors["prompts"][1].startswith(f"data.train.path = {root}/hopeless.jsonl: the run in output_dir has")
+    assert "must be a new or empty directory" in errors["resume"][1]
+    assert "going on with another configuration: optimizer.learning_rate: 0.001 → 0.002" in went_on.log
+    assert [line["step"] for line in lines(accepted)] == [0, 1, 2, 3]
+    assert lines(accepted)[-1]["train/learning_rate"] == 2e-3
+    kind, text = fingerprint.error
+    assert text.startswith("data.train = ") and "a resumed run keeps its prompts" in text
+    assert [line["step"] for line in lines(accepted)] == [0, 1, 2, 3], "a refused run leaves everything as it was"
+    assert "hopeless" not in (begun.output_dir / "config.yaml").read_text()

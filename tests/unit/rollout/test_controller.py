@@ -345,6 +345,26 @@ def test_a_controller_goes_on_where_another_one_stood(tmp_path: Path) -> None:
     assert responses[0] == responses[1]
 
 
+def test_a_rollout_that_is_broken_off_has_drawn_nothing() -> None:
+    class Stopping(SeedEngine):
+        async def stream(self) -> AsyncIterator[GenerationResult]:
+            async for result in super().stream():
+                if self.stops:
+                    raise asyncio.CancelledError
+                yield result
+
+        stops = False
+
+    engine = Stopping()
+    controller, other = (make_controller("ssssssssssss", e, over_sampling=1.5) for e in (engine, None))
+    for step in (1, 2):
+        engine.stops = True
+        with pytest.raises(asyncio.CancelledError):
+            rollout(controller, step)
+        engine.stops = False
+        assert rollout(controller, step).metrics == rollout(other, step).metrics
+
+
 def test_a_group_of_one_is_refused() -> None:
     admission = Admission(wanted=2, drop_zero_variance=False, policy_lag=0)
     admission.offer(group("a", [1]), policy_version=3)
