@@ -19,6 +19,8 @@ megatron-fipo convert to-hf RUN|CHECKPOINT OUT | to-megatron HF OUT | verify RUN
 
   train     Run the configuration. Start it with srun (slurm/train.sbatch) or torchrun on several ranks, or plainly on
             one. `--mode rollout_only` records rollouts, `--mode train_only` trains on recorded ones.
+            `megatron-fipo train --replay RUN/dumps/step_N [--section.field value ...]` runs an update again that a run
+            has kept, and compares: status 0 where it is the same, 1 where it differs (docs/numerical_faults.md).
   evaluate  Try prompts with answers on a model folder, such as a run's export: Avg@k, Cons@k and Pass@k with their
             intervals. CONFIG.yaml may be the run's own. Started again, it goes on where it stopped.
   inspect   Show the steps of a run directory, its samples, and their tokens with log-ratio, Future-KL and influence
@@ -76,10 +78,37 @@ def _train(words: Sequence[str]) -> int:
     from megatron_fipo.launch.slurm import rank_variables
 
     os.environ.update(rank_variables(os.environ))
+    if words and words[0] == "--replay":
+        return _replay(words[1:])
     if (config := _read_run_config("train", words)) is None:
         return 0 if _asks_for_help(words) else 2
     config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
     return _train_on_ranks(config)
+
+
+def _replay(words: Sequence[str]) -> int:
+    from megatron_fipo.config.base import require
+    from megatron_fipo.trainer.replay import open_dump, replay
+    from megatron_fipo.trainer.replay_report import show_replay
+
+    require(
+        bool(words) and not words[0].startswith("-"),
+        field="--replay",
+        value=words[0] if words else "",
+        rule="must name a dump",
+        way_out="give RUN/dumps/step_N; the configuration is the dump's",
+    )
+    dump, config = open_dump(Path(words[0]), words[1:])
+    config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
+    outcomes = []
+
+    def work(rank: int) -> None:
+        outcome = replay(dump, config)
+        outcomes.append(outcome.is_same)
+        if rank == 0:
+            show_replay(outcome, config.model.path)
+
+    return _on_ranks(work, "the replay stopped") or int(not all(outcomes))
 
 
 def _evaluate(words: Sequence[str]) -> int:

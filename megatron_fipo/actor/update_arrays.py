@@ -12,7 +12,6 @@ import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from megatron_fipo.actor.micro_batch import MicroBatch, RoutedExperts
 from megatron_fipo.actor.routing import RoutingReplay
@@ -123,32 +122,37 @@ def restore_inputs(
     positions = micro_batch.response_positions
     if has_scores:
         wanted = token_keys(micro_batch)[positions.cpu().numpy()]
-        for name, values in _find(wanted, files(), "tokens", INPUTS).items():
-            current = getattr(micro_batch, name)
+        for name, column in find_columns(wanted, files(), INPUTS).items():
+            values, whole = torch.from_numpy(column).to(positions.device), getattr(micro_batch, name)
             # Nothing outside of responses is read.
-            filled = torch.zeros(len(micro_batch.response_mask), dtype=values.dtype) if current is None else current
-            setattr(micro_batch, name, filled.index_copy(0, positions.to(filled.device), values).to(positions.device))
+            if whole is None:
+                whole = torch.zeros(len(micro_batch.response_mask), dtype=values.dtype, device=positions.device)
+            setattr(micro_batch, name, whole.index_copy(0, positions, values))
     if routing is not None:
         micro_batch.routed_experts = _find_routing(routing.part(token_keys(micro_batch)), files(), routing.layers)
 
 
-def _find(wanted: LongArray, files: Iterable[Arrays], keys: str, names: Sequence[str]) -> dict[str, Tensor]:
-    """Columns of the wanted tokens, those that the first file with tokens has."""
+def find_columns(wanted: LongArray, files: Iterable[Arrays], names: Sequence[str]) -> Arrays:
+    """Columns of the wanted tokens ([n] of `token_keys`), as far as the files have them.
+
+    Raises:
+        MissingTokens: A token is in none of the files.
+    """
     found: dict[str, npt.NDArray[Any]] = {}
     missing = np.ones(len(wanted), dtype=np.bool_)
     for arrays in files:
         if not missing.any() and found:
             break
-        if keys not in arrays:
+        if "tokens" not in arrays:
             continue
-        rows, here = _rows(arrays[keys], wanted)
+        rows, here = _rows(arrays["tokens"], wanted)
         for name in (name for name in names if name in arrays):
             column = found.setdefault(name, np.zeros(len(wanted), dtype=arrays[name].dtype))
             column[here] = arrays[name][rows[here]]
         missing &= ~here
     if missing.any():
         raise MissingTokens(f"{int(missing.sum())} tokens are in no rank's file")
-    return {name: torch.from_numpy(values) for name, values in found.items()}
+    return found
 
 
 def _find_routing(wanted: LongArray, files: Iterable[Arrays], layers: Sequence[int]) -> RoutedExperts:

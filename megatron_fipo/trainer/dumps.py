@@ -12,7 +12,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -103,9 +103,10 @@ class Dumps:
         self.config, self._train_step = config, train_step
         self.store = CheckpointStore(RunDirectory(config.output_dir).dumps, Retention(keep_last=sys.maxsize))
         self._written: dict[str, FileRecord] = {}
+        self._last_fault = 0
 
     def write(self, place: Place, fault: Fault, result: UpdateResult, batch: TrainBatch | None) -> str:
-        """Keep the update that the train step has evidence of.
+        """Keep the update that the train step has evidence of, unless one of the step with a fault has been kept.
 
         Args:
             place: Where the run stands.
@@ -116,9 +117,12 @@ class Dumps:
         Returns:
             What to add to the text about the fault.
         """
+        if place.step == self._last_fault:
+            return ""
         with random_states_of(self._evidence.random_states):
             is_begun = self.begin(place.step)
         if is_begun and self.complete(place, fault, result, batch):
+            self._last_fault = place.step
             return f"; it is kept in {self.store.path(place.step)}"
         return ""
 
@@ -268,28 +272,23 @@ class Dump:
         except RecordedBatchError as error:
             raise CheckpointError(str(error)) from error
 
-    def rank_arrays(self, first: int) -> Iterator[Arrays]:
-        """Arrays of every rank that wrote it, each read when it is asked for, those of the named rank first.
+    @property
+    def world_size(self) -> int:
+        """Ranks that wrote it."""
+        return self.checkpoint.manifest.layout["world"]
+
+    def rank_arrays(self, rank: int) -> Arrays:
+        """Arrays of a rank; nothing is unpickled.
 
         Raises:
-            CheckpointError: A file is damaged.
+            CheckpointError: They are damaged.
         """
-        ranks = range(self.checkpoint.manifest.layout["world"])
-        for rank in sorted(ranks, key=lambda rank: rank != first):
-            yield read_arrays(rank_file(self.path, rank))
-
-
-def read_arrays(path: Path) -> Arrays:
-    """Arrays of a rank's file; nothing is unpickled.
-
-    Raises:
-        CheckpointError: It is damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except _DAMAGE as error:
-        raise CheckpointError(f"{path}: cannot be read as arrays of an update ({error})") from error
+        path = rank_file(self.path, rank)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        except _DAMAGE as error:
+            raise CheckpointError(f"{path}: cannot be read as arrays of an update ({error})") from error
 
 
 def read_dump(path: Path) -> Dump:
