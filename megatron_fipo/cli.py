@@ -79,36 +79,13 @@ def _train(words: Sequence[str]) -> int:
 
     os.environ.update(rank_variables(os.environ))
     if words and words[0] == "--replay":
-        return _replay(words[1:])
+        from megatron_fipo.trainer.replay_command import replay_dump
+
+        return replay_dump(words[1:])
     if (config := _read_run_config("train", words)) is None:
         return 0 if _asks_for_help(words) else 2
     config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
     return _train_on_ranks(config)
-
-
-def _replay(words: Sequence[str]) -> int:
-    from megatron_fipo.config.base import require
-    from megatron_fipo.trainer.replay import open_dump, replay
-    from megatron_fipo.trainer.replay_report import show_replay
-
-    require(
-        bool(words) and not words[0].startswith("-"),
-        field="--replay",
-        value=words[0] if words else "",
-        rule="must name a dump",
-        way_out="give RUN/dumps/step_N; the configuration is the dump's",
-    )
-    dump, config = open_dump(Path(words[0]), words[1:])
-    config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
-    outcomes = []
-
-    def work(rank: int) -> None:
-        outcome = replay(dump, config)
-        outcomes.append(outcome.is_same)
-        if rank == 0:
-            show_replay(outcome, config.model.path)
-
-    return _on_ranks(work, "the replay stopped") or int(not all(outcomes))
 
 
 def _evaluate(words: Sequence[str]) -> int:
