@@ -15,6 +15,7 @@ from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.data.routing_file import write_routing_file
+from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.whole_file import whole_file
 from megatron_fipo.types import PER_TOKEN_FIELDS, RolloutGroup, TrainBatch
@@ -143,8 +144,16 @@ def save_batch(batch: TrainBatch, path: Path) -> None:
     """Write a batch as an npz file of plain arrays; it appears complete or not at all.
 
     A routing file stays as it is: at `routing_path`, it is the recording's.
+
+    Raises:
+        RunError: It cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors_told(path, "cannot be written", RunError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(batch, path)
+
+
+def _write(batch: TrainBatch, path: Path) -> None:
     with whole_file(path) as file:
         np.savez(
             file,

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fipo.rollout.ledger import OpenPrompt, Settled
 from megatron_fipo.rollout.plain_archive import Archive, read_archive, write_archive
+from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.types import RolloutGroup
 
@@ -51,8 +52,11 @@ def journal_path(folder: Path, step: int) -> Path:
 
 
 def write_journal(entry: JournalEntry, path: Path) -> None:
-    """Write a batch down; when this returns, it is on disk, complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a batch down; when this returns, it is on disk, complete.
+
+    Raises:
+        JournalError: It cannot be written.
+    """
     told = {
         "step": entry.step,
         "policy_version": entry.policy_version,
@@ -63,7 +67,9 @@ def write_journal(entry: JournalEntry, path: Path) -> None:
         "open": [{"number": each.number, "is_ready": each.is_ready} for each in entry.open_prompts],
     }
     prompts = [each.prompt for each in entry.open_prompts]
-    write_archive(Archive(told=told, groups=entry.groups, prompts=prompts), path, FORMAT_VERSION)
+    with disk_errors_told(path, "cannot be written", JournalError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_archive(Archive(told=told, groups=entry.groups, prompts=prompts), path, FORMAT_VERSION)
 
 
 def read_journal(path: Path) -> JournalEntry:

@@ -1,24 +1,25 @@
-"""What a file system refuses to a checkpoint, told with what helps."""
+"""What a file system refuses to a run, told with what helps."""
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.errors import CheckpointError, RunError
 
 
 @contextmanager
-def disk_errors_told(path: Path, what: str) -> Iterator[None]:
-    """Errors of the file system become a CheckpointError that names the place and what helps.
+def disk_errors_told(path: Path, what: str, kind: type[RunError] = CheckpointError) -> Iterator[None]:
+    """Errors of the file system become one of the run, which names the place and what helps.
 
     Args:
         path: The place, where the error does not name one.
         what: What does not come about, as "cannot be written".
+        kind: What they become.
     """
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         way_out = "free some space" if full else "mend its permissions, or take another output_dir"
-        raise CheckpointError(f"{error.filename or path}: {what} ({error.strerror}); {way_out}") from error
+        raise kind(f"{error.filename or path}: {what} ({error.strerror}); {way_out}") from error

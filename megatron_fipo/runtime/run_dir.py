@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.base import ConfigError, require
+from megatron_fipo.runtime.disk_errors import disk_errors_told
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.json_files import append_lines, keep_lines, read_whole_lines
 from megatron_fipo.runtime.run_lock import LOCK_FILE
 from megatron_fipo.runtime.whole_file import whole_file
+
+_UNWRITTEN = "cannot be written"
 
 
 class RunDirectory:
@@ -110,18 +114,28 @@ class RunDirectory:
         return cls.begin(path, config_yaml)
 
     def forget_after(self, step: int) -> None:
-        """Take the lines of later steps out of metrics.jsonl and samples.jsonl, and any that a killed run left half."""
+        """Take the lines of later steps out of metrics.jsonl and samples.jsonl, and any that a killed run left half.
+
+        Raises:
+            RunError: They cannot be written.
+        """
         for path in (self.metrics_file, self.samples_file):
             if path.exists():
-                keep_lines(path, lambda line: line["step"] <= step)
+                with disk_errors_told(path, _UNWRITTEN, RunError):
+                    keep_lines(path, lambda line: line["step"] <= step)
 
     def remove(self) -> None:
         """Remove the directory with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file at the top of the directory."""
-        (self.path / name).write_text(text, encoding="utf-8")
+        """Write a text file at the top of the directory.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        with disk_errors_told(self.path / name, _UNWRITTEN, RunError):
+            (self.path / name).write_text(text, encoding="utf-8")
 
     @property
     def config_file(self) -> Path:
@@ -178,12 +192,22 @@ class RunDirectory:
         return self.path / "evaluations" / f"step_{step}"
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; numbers that are not finite become null, at any depth."""
-        append_lines(self.metrics_file, [metrics])
+        """Add one line to metrics.jsonl; numbers that are not finite become null, at any depth.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        with disk_errors_told(self.metrics_file, _UNWRITTEN, RunError):
+            append_lines(self.metrics_file, [metrics])
 
     def append_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines to samples.jsonl."""
-        append_lines(self.samples_file, samples)
+        """Add lines to samples.jsonl.
+
+        Raises:
+            RunError: They cannot be written.
+        """
+        with disk_errors_told(self.samples_file, _UNWRITTEN, RunError):
+            append_lines(self.samples_file, samples)
 
 
 def _holds_files(path: Path) -> bool:

@@ -13,6 +13,7 @@ from megatron_fipo.metrics.reduce import reduce_metrics
 from megatron_fipo.metrics.rollout_metrics import batch_metrics
 from megatron_fipo.platform.device import compute_device, host_memory_bytes, peak_memory_bytes
 from megatron_fipo.rollout.controller import Rollout
+from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.safeguards import null_future_kl_std
 from megatron_fipo.trainer.state import Run, StepReport
 from megatron_fipo.types import Accumulator, Metrics, TrainBatch, render_metrics
@@ -28,11 +29,9 @@ def report_evaluation(run: Run, step: int, measured: Mapping[str, float]) -> Non
         step: The step.
         measured: Metrics of the evaluation and of a weight sync; read on rank 0 alone.
     """
-    times = run.timer.drain()
-    if run.metrics_writer is not None:
-        metrics = {"step": step, "policy_version": run.policy_version, **measured, **times}
-        run.metrics_writer.write(metrics)
-        run.progress.end_step(step, metrics)
+    metrics = {"step": step, "policy_version": run.policy_version, **measured, **run.timer.drain()}
+    on_main_rank(lambda: _write(run, metrics))
+    if run.is_main:
         _log_evaluation(run, step, measured)
 
 
@@ -49,8 +48,13 @@ def finish_step(
         results: Its updates.
     """
     run.finished_steps, run.unreported = step, StepReport(step)
-    if run.directory is None or batch is None:
-        return
+    on_main_rank(lambda: _put_together(run, step, rollout, batch, results))
+
+
+def _put_together(
+    run: Run, step: int, rollout: Rollout | None, batch: TrainBatch | None, results: Sequence[UpdateResult]
+) -> None:
+    assert run.directory is not None and batch is not None, "rank 0 has both"
     metrics: dict[str, Any] = {"step": step, "policy_version": run.policy_version}
     metrics |= batch_metrics(batch)
     if rollout is not None:
@@ -72,14 +76,19 @@ def report_step(run: Run, measured: Mapping[str, float]) -> None:
     """
     times, memory = run.timer.drain(), _memory()
     report, run.unreported = run.unreported, None
-    if report is None or run.metrics_writer is None:
-        return
+    assert report is not None, "a step was finished"
     metrics = {**report.metrics, **measured, **times}
     metrics |= throughput(report.num_tokens, metrics, metrics) | memory
+    on_main_rank(lambda: _write(run, metrics))
+    if run.is_main:
+        _log_step(run, metrics)
+        _log_evaluation(run, report.step, measured)
+
+
+def _write(run: Run, metrics: Mapping[str, Any]) -> None:
+    assert run.metrics_writer is not None, "rank 0 has it"
     run.metrics_writer.write(metrics)
-    run.progress.end_step(report.step, metrics)
-    _log_step(run, metrics)
-    _log_evaluation(run, report.step, measured)
+    run.progress.end_step(metrics["step"], metrics)
 
 
 def combine_updates(results: Sequence[UpdateResult]) -> dict[str, Any]:

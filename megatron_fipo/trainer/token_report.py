@@ -8,6 +8,9 @@ from megatron_fipo.actor.token_records import COLUMNS
 from megatron_fipo.display.token_file import TokenRecords, save_tokens, token_path
 from megatron_fipo.parallel.collectives import Arrays, broadcast_json
 from megatron_fipo.rollout.sample_records import sampled_groups
+from megatron_fipo.runtime.disk_errors import disk_errors_told
+from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.state import Run
 from megatron_fipo.types import TrainBatch
 
@@ -32,14 +35,24 @@ def choose_recorded(run: Run, batch: TrainBatch | None) -> None:
 
 
 def write_token_records(run: Run, step: int, batch: TrainBatch | None) -> None:
-    """Write tokens/step_N.npz on rank 0, unless no update has seen a kept sample; collective over all ranks."""
+    """Write tokens/step_N.npz on rank 0, unless no update has seen a kept sample; collective over all ranks.
+
+    Raises:
+        RunError: It cannot be written; raised on every rank.
+    """
     if run.actor.train_step is None or not run.config.metrics.samples_per_step:
         return
     tokens = run.actor.train_step.recorder.collect()
+    on_main_rank(lambda: _write(run, step, batch, tokens))
+
+
+def _write(run: Run, step: int, batch: TrainBatch | None, tokens: Arrays | None) -> None:
     if tokens is None or batch is None or run.directory is None or not len(tokens["sequences"]):
         return
     decode = None if run.rollout is None else run.rollout.decode
-    save_tokens(_records(tokens, batch, decode), token_path(run.directory.path, step))
+    path = token_path(run.directory.path, step)
+    with disk_errors_told(path, "cannot be written", RunError):
+        save_tokens(_records(tokens, batch, decode), path)
 
 
 def _records(tokens: Arrays, batch: TrainBatch, decode: Callable[[Sequence[int]], str] | None) -> TokenRecords:

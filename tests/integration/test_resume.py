@@ -1,5 +1,6 @@
 """Runs that go on after an end: the same steps as without one, in the same files."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,35 @@ def test_changes_of_the_configuration_are_told_and_refused_or_accepted(root: Pat
     assert text.startswith("data.train = ") and "a resumed run keeps its prompts" in text
     assert [line["step"] for line in lines(accepted)] == [0, 1, 2, 3], "a refused run leaves everything as it was"
     assert "hopeless" not in (begun.output_dir / "config.yaml").read_text()
+
+
+def leave_no_room(run: Any) -> None:
+    """From the second step on, a file of this process takes no more than metrics.jsonl has by then."""
+    write = run.metrics_writer.write if run.metrics_writer is not None else None
+
+    def write_and_fill(metrics: dict[str, Any]) -> None:
+        write(metrics)
+        if metrics["step"] == 1:
+            size = run.directory.metrics_file.stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
+
+    if write is not None:
+        run.metrics_writer.write = write_and_fill
+
+
+def run_out_of_space(full: RunConfig) -> list[Ended]:
+    quiet_upstream()
+    ended = run_to_its_end(full, leave_no_room)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return [ended, run_to_its_end(full)]
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_once_there_is_room(root: Path) -> None:
+    full = config(root, "full", checkpoint={"every_steps": 1, "export_at_end": False, "on_failure": "continue"})
+    first, second = run_distributed(run_out_of_space, 2, full)
+    (text,) = {ends[0].error[1] for ends in (first, second)}
+    assert text.startswith(f"{full.output_dir}/") and text.endswith(
+        "cannot be written (File too large); free some space"
+    )
+    assert first[1].error == ()
+    assert [line["step"] for line in lines(full)] == list(range(STEPS + 1))

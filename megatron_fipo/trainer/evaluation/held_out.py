@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megatron_fipo.config.evaluation import EvaluationConfig
 from megatron_fipo.rollout.controller import RolloutController
+from megatron_fipo.runtime.disk_errors import disk_errors_told
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.trainer.evaluation.files import EvaluationFiles
 from megatron_fipo.trainer.evaluation.problems import interval_seed, try_problems
 from megatron_fipo.trainer.evaluation.results import evaluation_metrics
@@ -38,11 +40,12 @@ class HeldOutProblems:
             See `evaluation_metrics`.
 
         Raises:
-            RunError: See `RolloutController.generate_groups`.
+            RunError: The files cannot be written, or see `RolloutController.generate_groups`.
         """
         results, records = await try_problems(controller, self.prompts, self.config)
         # A step that is done again after a crash is evaluated again.
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        EvaluationFiles(folder).append(results, records)
+        with disk_errors_told(folder, "cannot be written", RunError):
+            folder.mkdir(parents=True)
+            EvaluationFiles(folder).append(results, records)
         return evaluation_metrics(results, self.config, interval_seed(self.seed))
