@@ -118,10 +118,12 @@ def _check(words: Sequence[str]) -> int:
 
 def _serve(words: Sequence[str]) -> int:
     import asyncio
+    import signal
 
     from megatron_fipo.config.base import require
     from megatron_fipo.rollout.servers.agent import serve
     from megatron_fipo.runtime.errors import RunError
+    from megatron_fipo.runtime.exit_codes import FAILED
     from megatron_fipo.runtime.logging import setup_logging
     from megatron_fipo.runtime.run_dir import RunDirectory
 
@@ -137,11 +139,13 @@ def _serve(words: Sequence[str]) -> int:
     )
     setup_logging("agent")
     try:
-        asyncio.run(serve(RunDirectory(config.output_dir).servers, sglang.start_timeout_s))
+        number = asyncio.run(serve(RunDirectory(config.output_dir).servers, sglang.start_timeout_s))
     except RunError as error:
         print(f"megatron-fipo: the agent ended: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return FAILED
+    if number:
+        print(f"megatron-fipo: the agent ended on {signal.Signals(number).name}", file=sys.stderr)
+    return number and 128 + number
 
 
 def _inspect(words: Sequence[str]) -> int:

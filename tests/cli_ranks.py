@@ -97,6 +97,10 @@ class CliRanks:
         """Let the rank go on."""
         self._here.send(None)
 
+    def fail(self, text: str) -> None:
+        """Have the rank raise a KeyError of that text where it waits."""
+        self._here.send(text)
+
     def send(self, number: signal.Signals, *ranks: int) -> None:
         """Send a signal to some ranks, or to all."""
         for rank in ranks or range(self.world_size):
@@ -163,7 +167,8 @@ def _hold(place: tuple[int, str], parent: Connection) -> None:
         begin_phase(self, name)
         if (self.told()["step"], name) == place:
             parent.send(None)
-            parent.recv()
+            if text := parent.recv():
+                raise KeyError(text)
 
     def held_before(self: EmbeddedEngine, *arguments: Any) -> None:
         parent.send(None)

@@ -27,6 +27,7 @@ def main(parent: int) -> None:
     # Sent to the whole job, they ask the parent to come to an end, for which it may still want scores.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     reader, writer = _take_streams()
     settings = _read(reader)
     if settings is None:

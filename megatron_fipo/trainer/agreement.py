@@ -1,6 +1,7 @@
 """What ends a run, made known to every rank: a rank that did not hear would wait in the next collective."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
@@ -12,7 +13,7 @@ from megatron_fipo.rollout.admission import NoSignalError
 from megatron_fipo.rollout.batch import RecordedBatchError
 from megatron_fipo.runtime.checkpoint_store import NewerFormatError
 from megatron_fipo.runtime.errors import CheckpointError, NonFiniteError, RunError, SafeguardError
-from megatron_fipo.runtime.stop_request import StopRequested
+from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
 from megatron_fipo.trainer.controller_link import ControllerEndedError
 
 type RunEnd = ConfigError | RunError | StopRequested
@@ -61,6 +62,23 @@ def on_every_rank[T](action: Callable[[], T]) -> T:
 def on_main_rank[T](action: Callable[[], T]) -> T | None:
     """Do something on rank 0 alone, as `on_every_rank`; None elsewhere."""
     return on_every_rank(action if dist.get_rank() == 0 else lambda: None)
+
+
+@contextmanager
+def stop_comes_first(stop: StopRequest) -> Iterator[None]:
+    """Take an error for a stop, where one is asked for: the same signal may have ended servers.
+
+    Args:
+        stop: Looked at on rank 0.
+
+    Raises:
+        StopRequested: Instead of an error that every rank has met; raised on all of them.
+    """
+    try:
+        yield
+    except RunError:
+        on_main_rank(stop.raise_if_asked)
+        raise
 
 
 def describe(error: RunEnd) -> tuple[str, list[str]]:

@@ -181,6 +181,7 @@ def main(line: int, files: int) -> None:
     # Sent to the whole job, they ask rank 0 to come to an end; this process ends with the line.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     setup_logging("controller")
     asyncio.run(run_controller(line, files))
 

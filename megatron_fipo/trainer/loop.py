@@ -15,7 +15,7 @@ from megatron_fipo.platform.device import compute_device
 from megatron_fipo.rollout.batch import batch_path, load_recorded, save_batch
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.runtime.stop_request import StopRequested
-from megatron_fipo.trainer.agreement import on_main_rank
+from megatron_fipo.trainer.agreement import on_main_rank, stop_comes_first
 from megatron_fipo.trainer.dumps import Place
 from megatron_fipo.trainer.evaluation.in_run import evaluate, evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done
@@ -55,6 +55,8 @@ def train(run: Run) -> None:
             write_token_records(run, step, batch)
             finish_step(run, step, rollout, batch, results)
             begin_checkpoint(run)
+            # What is left of the step can be done later.
+            on_main_rank(run.stop.raise_if_asked)
             transfer = sync_weights(run)
             evaluation = evaluate_when_due(run, step)
             report_step(run, transfer | evaluation)
@@ -121,7 +123,7 @@ def collect_rollout(run: Run, step: int) -> Rollout | None:
     """
     if run.rollout is None:
         return None
-    with run.timer.phase("rollout"):
+    with run.timer.phase("rollout"), stop_comes_first(run.stop):
         return run.rollout.next_rollout(step, run.policy_version)
 
 
@@ -238,5 +240,5 @@ def sync_weights(run: Run) -> dict[str, float]:
     """
     if run.rollout is None or run.rollout.policy_version == run.policy_version:
         return {}
-    with run.timer.phase("weight_sync"):
+    with run.timer.phase("weight_sync"), stop_comes_first(run.stop):
         return run.rollout.sync(run.policy_version)

@@ -7,9 +7,10 @@ import pytest
 
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.exit_codes import GO_ON, INTERRUPTED, TERMINATED
 from tests.cli_ranks import BUILDING, CliRanks
-from tests.integration.small_runs import prompts, read_lines, small_run, write_inputs
+from tests.integration.small_runs import prompts, read_lines, small_run, without_times, write_inputs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -32,22 +33,55 @@ def train(config: RunConfig) -> list[object]:
     return ["train", path]
 
 
-def finished_steps(config: RunConfig) -> int:
-    return max(line["step"] for line in read_lines(config.output_dir / "metrics.jsonl"))
+def saved_steps(config: RunConfig) -> list[int]:
+    return CheckpointStore(config.output_dir / "checkpoints").steps()
+
+
+def ended(number: signal.Signals) -> str:
+    """What rank 0 says."""
+    return f"megatron-fipo: the run ended on {number.name}; the same command goes on with it"
+
+
+def test_a_run_that_was_stopped_everywhere_is_the_run_that_never_was(root: Path, tmp_path: Path) -> None:
+    """Each signal comes to one rank, while that is in the phase; then the same command is given again."""
+    values = {
+        "num_steps": 3,
+        "parallelism": TWO,
+        "data": prompts(root, held_out="held_out"),
+        "evaluation": {"num_prompts": 4, "every_steps": 1},
+        "checkpoint": {"every_steps": 100, "export_at_end": False},
+    }
+    whole, stopped = small_run(root, "whole", **values), small_run(root, "stopped", **values)
+    with CliRanks(tmp_path / "whole", train(whole)) as ranks:
+        assert ranks.wait(120.0)[0] == [0, 0]
+    stops = [((1, "rollout"), 1, []), ((1, "update"), 0, [1]), ((2, "evaluation"), 1, [1, 2])]
+    for place, asked, saved in stops:
+        with CliRanks(tmp_path / str(saved), train(stopped), hold_at=place, holding=asked) as ranks:
+            ranks.wait_until_held()
+            ranks.send(signal.SIGUSR1, asked)
+            ranks.go_on()
+            statuses, seconds = ranks.wait(60.0)
+            assert statuses == [GO_ON, GO_ON]
+            assert seconds < BOUND_S
+            assert saved_steps(stopped) == saved
+    with CliRanks(tmp_path / "last", train(stopped)) as ranks:
+        assert ranks.wait(120.0)[0] == [0, 0]
+    lines = [read_lines(config.output_dir / "metrics.jsonl") for config in (stopped, whole)]
+    assert without_times(lines[0]) == without_times(lines[1])
 
 
 @pytest.mark.parametrize(
-    ("phase", "asked", "number", "finished"),
+    ("phase", "asked", "number", "saved"),
     [
-        ("rollout", 1, signal.SIGUSR1, 1),
-        ("evaluation", 0, signal.SIGTERM, 1),
-        ("old_log_probs", 1, signal.SIGTERM, 2),
-        ("update", 0, signal.SIGUSR1, 2),
-        ("weight_sync", 1, signal.SIGTERM, 2),
+        ("rollout", 1, signal.SIGTERM, [1]),
+        pytest.param("evaluation", 0, signal.SIGUSR1, [2], marks=pytest.mark.exhaustive),
+        pytest.param("old_log_probs", 1, signal.SIGTERM, [2], marks=pytest.mark.exhaustive),
+        pytest.param("update", 0, signal.SIGUSR1, [2], marks=pytest.mark.exhaustive),
+        pytest.param("weight_sync", 1, signal.SIGTERM, [2], marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_signal_to_one_rank_ends_all(
-    phase: str, asked: int, number: signal.Signals, finished: int, root: Path, tmp_path: Path
+    phase: str, asked: int, number: signal.Signals, saved: list[int], root: Path, tmp_path: Path
 ) -> None:
     """The rank is in the phase when the signal comes, and goes on only afterwards."""
     evaluated = {"data": prompts(root, held_out="held_out"), "evaluation": {"num_prompts": 8, "every_steps": 1}}
@@ -59,23 +93,23 @@ def test_a_signal_to_one_rank_ends_all(
         statuses, seconds = ranks.wait(60.0)
         assert statuses == [GO_ON, GO_ON]
         assert seconds < BOUND_S
-        assert ranks.last_line(0) == f"megatron-fipo: the run ended on {number.name}; the same command goes on with it"
+        assert ranks.last_line(0) == ended(number)
         assert "Traceback" not in ranks.told(0)
         assert ranks.told(1) == ""
-        assert finished_steps(config) == finished
+        assert saved_steps(config) == saved
 
 
-@pytest.mark.parametrize(("numbers", "status"), [((signal.SIGTERM,), GO_ON), ((signal.SIGINT,), INTERRUPTED)])
-def test_a_signal_to_a_run_on_one_rank(numbers: tuple[signal.Signals], status: int, root: Path, tmp_path: Path) -> None:
-    config = small_run(root, f"alone_{status}", num_steps=1000)
+def test_ctrl_c_on_one_rank(root: Path, tmp_path: Path) -> None:
+    config = small_run(root, "alone", num_steps=1000)
     with CliRanks(tmp_path, train(config), world_size=1, hold_at=(2, "rollout")) as ranks:
         ranks.wait_until_held()
-        ranks.send(*numbers)
+        ranks.send(signal.SIGINT)
         ranks.go_on()
         statuses, seconds = ranks.wait(60.0)
-        assert statuses == [status]
+        assert statuses == [INTERRUPTED]
         assert seconds < BOUND_S
-        assert ranks.last_line().startswith(f"megatron-fipo: the run ended on {numbers[0].name}; ")
+        assert ranks.last_line() == ended(signal.SIGINT)
+        assert saved_steps(config) == [1]
         assert "Traceback" not in ranks.told()
 
 
@@ -105,7 +139,7 @@ def test_a_run_that_takes_too_long_to_end_is_cut_off(root: Path, tmp_path: Path)
         assert "the run did not come to an end within 2 s after SIGUSR1; it goes on from" in ranks.last_line()
 
 
-@pytest.mark.parametrize("place", ["start_up", "export"])
+@pytest.mark.parametrize("place", [pytest.param("start_up", marks=pytest.mark.exhaustive), "export"])
 def test_where_nothing_can_be_lost_a_run_ends_at_once(place: str, root: Path, tmp_path: Path) -> None:
     config = small_run(root, f"at_once_{place}", parallelism=TWO)
     hold_at = (1, "export") if place == "export" else BUILDING
@@ -120,7 +154,12 @@ def test_where_nothing_can_be_lost_a_run_ends_at_once(place: str, root: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, TERMINATED), (signal.SIGINT, INTERRUPTED), (signal.SIGUSR1, GO_ON)]
+    ("number", "status"),
+    [
+        (signal.SIGTERM, TERMINATED),
+        pytest.param(signal.SIGINT, INTERRUPTED, marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGUSR1, GO_ON, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_an_evaluation_ends_at_once(number: signal.Signals, status: int, root: Path, tmp_path: Path) -> None:
     config = endless(root, f"evaluated_{number}", data=prompts(root, held_out="held_out"))

@@ -202,28 +202,32 @@ class ServerAgent:
             self._changed.set()
 
 
-async def serve(folder: Path, patience_s: float) -> None:
+async def serve(folder: Path, patience_s: float) -> int:
     """Run an agent for the run whose controller leaves its address in `folder`.
 
     Args:
         folder: `RunDirectory.servers`.
         patience_s: How long to wait for a controller.
 
+    Returns:
+        Number of the signal that ended it; 0 where the run has ended.
+
     Raises:
         RunError: There is none, or it is gone.
     """
+    return await _run_until_signal(_find_and_serve(folder, patience_s))
+
+
+async def _find_and_serve(folder: Path, patience_s: float) -> None:
+    log.info("waits for the controller's address in %s", folder)
     try:
         async with asyncio.timeout(patience_s):
             while (controller := read_controller_file(folder)) is None or not await _listens(controller):
                 await asyncio.sleep(BEAT_S)
     except TimeoutError:
         raise RunError(f"no controller left its address in {folder} for {patience_s:g} s") from None
-    await _run_until_signal(_serve_again(controller, folder))
-
-
-async def _serve_again(controller: ControllerAddress, folder: Path) -> None:
-    """Run an agent, and a new one where the controller has given up the one before: it was silent for too long."""
     while True:
+        # A new one where the controller has given up the one before: it was silent for too long.
         try:
             return await ServerAgent(controller, folder).run()
         except _ForgottenError as error:
@@ -249,12 +253,21 @@ async def _listens(controller: ControllerAddress) -> bool:
     return True
 
 
-async def _run_until_signal(agent: Coroutine[Any, Any, None]) -> None:
-    task = asyncio.ensure_future(agent)
+async def _run_until_signal(agent: Coroutine[Any, Any, None]) -> int:
+    """Run an agent; returns the number of the signal that ended it, 0 without one."""
+    loop, task, numbers = asyncio.get_running_loop(), asyncio.ensure_future(agent), [0]
+
+    def end(number: int) -> None:
+        numbers.append(number)
+        task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        loop.add_signal_handler(number, end, number)
+    # Sent to a whole job, it asks the trainer to save and end, and the agent ends with that.
+    loop.add_signal_handler(signal.SIGUSR1, lambda: None)
     with contextlib.suppress(asyncio.CancelledError):
         await task
+    return numbers[-1]
 
 
 async def _run_on_leash(folder: Path) -> None:

@@ -26,6 +26,8 @@ def main(log: str, command: list[str]) -> int:
     # Those that end a whole job by a signal reach the owner too, which then has this one end the server in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The server inherits this: what asks the trainer to save must not end it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     guard = os.getpid()
 
     def end_with_guard() -> None:

@@ -1,5 +1,6 @@
 """Accuracy on held-out problems during a run."""
 
+from megatron_fipo.trainer.agreement import stop_comes_first
 from megatron_fipo.trainer.state import Run
 
 
@@ -28,5 +29,5 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     data = run.config.data
     if run.rollout is None or data is None or not data.has_evaluation or run.config.mode != "train":
         return {}
-    with run.timer.phase("evaluation"):
+    with run.timer.phase("evaluation"), stop_comes_first(run.stop):
         return run.rollout.evaluate(None if run.directory is None else run.directory.evaluation(step))
