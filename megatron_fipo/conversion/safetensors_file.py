@@ -10,6 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -187,6 +188,7 @@ class SafetensorsWriter:
         assert len(text) <= _LARGEST_HEADER, "a shard has too many tensors"
         self._header = struct.pack("<Q", len(text)) + text
         self.num_bytes = len(self._header) + end
+        self._hasher = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "SafetensorsWriter":
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -205,6 +207,7 @@ class SafetensorsWriter:
                 assert not self._planned, f"{len(self._planned)} tensors were not written to {self.path}"
                 os.fsync(self._file)
         finally:
+            self._hasher.shutdown()
             os.close(self._file)
 
     def write(self, name: str, tensor: Tensor) -> TensorRecord:
@@ -221,8 +224,10 @@ class SafetensorsWriter:
         assert tuple(tensor.shape) == planned.shape, f"{name} has shape {tuple(tensor.shape)}, not {planned.shape}"
         place, digest = len(self._header) + self._places[name], hashlib.sha256()
         for block in _blocks(tensor, planned.dtype):
-            digest.update(block)
+            # Neither holds the interpreter, so that they take the time of one.
+            hashed = self._hasher.submit(digest.update, block)
             self._write(block, place)
+            hashed.result()
             place += len(block)
         return TensorRecord(planned.shape, DTYPE_NAMES[planned.dtype], digest.hexdigest())
 
@@ -235,7 +240,10 @@ class SafetensorsWriter:
 
 def _blocks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
     """The bytes of a tensor in a type, a little at a time."""
-    for block in tensor.detach().reshape(-1).split(_BLOCK_BYTES // dtype.itemsize):
+    flat = tensor.detach().reshape(-1)
+    # A row may stay a view of a matrix, as it lies there.
+    flat = flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)
+    for block in flat.split(_BLOCK_BYTES // dtype.itemsize):
         yield memoryview(_bytes_of(block.to(dtype)))
 
 

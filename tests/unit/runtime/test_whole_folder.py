@@ -1,0 +1,35 @@
+"""A folder that is there whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.runtime.whole_folder import WholeFolder
+
+
+def test_it_takes_its_name_when_it_is_complete(tmp_path: Path) -> None:
+    folder = WholeFolder(tmp_path / "above" / "out", "OUT")
+    folder.begin(100)
+    (folder.partial / "deep").mkdir()
+    (folder.partial / "deep" / "file").write_text("content")
+    assert not folder.target.exists()
+    folder.commit()
+    assert (folder.target / "deep" / "file").read_text() == "content"
+    assert not folder.partial.exists()
+
+
+def test_what_an_attempt_left_is_removed(tmp_path: Path) -> None:
+    folder = WholeFolder(tmp_path / "out", "OUT")
+    folder.begin(0)
+    (folder.partial / "old").touch()
+    folder.begin(0)
+    assert list(folder.partial.iterdir()) == []
+    folder.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"OUT = .*out: needs 931322574.62 GiB, and .* are free there; free some"):
+        WholeFolder(tmp_path / "out", "OUT").begin(10**18)
+    assert list(tmp_path.iterdir()) == []
