@@ -242,7 +242,7 @@ def _blocks(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
     """The bytes of a tensor in a type, a little at a time."""
     flat = tensor.detach().reshape(-1)
     # A row may stay a view of a matrix, as it lies there.
-    flat = flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)
+    flat = flat if flat.stride() == (1,) else flat.new_empty(len(flat)).copy_(flat)
     for block in flat.split(_BLOCK_BYTES // dtype.itemsize):
         yield memoryview(_bytes_of(block.to(dtype)))
 
