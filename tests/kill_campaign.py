@@ -61,7 +61,9 @@ class EmbeddedRuns:
         """Do a run, and compare all that it leaves."""
         words, folder = self._prepare(name)
         lives = live_through(words, folder, RANKS, kills, self._scale)
-        assert self._result_of(name) == self._result
+        result = self._result_of(name)
+        differs = [what for what, content in self._result.items() if result[what] != content]
+        assert not differs, f"{name}: {differs}"
         return lives
 
     def _prepare(self, name: str) -> tuple[list[str], Path]:

@@ -7,10 +7,7 @@ from pathlib import Path
 
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.exit_codes import FAILED, GO_ON
-from megatron_fipo.runtime.run_dir import RunDirectory
-
-BREAKDOWN_FILE = "last_breakdown"
-"""In the run directory: the newest checkpoint's step when a rank last died or the run last hung, or -1."""
+from megatron_fipo.runtime.run_dir import BREAKDOWN_FILE, RunDirectory
 
 
 def breakdown_statuses(folder: Path) -> Callable[[], int]:

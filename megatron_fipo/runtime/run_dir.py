@@ -13,6 +13,11 @@ from megatron_fipo.runtime.json_files import append_lines, keep_lines, read_whol
 from megatron_fipo.runtime.run_lock import LOCK_FILE
 from megatron_fipo.runtime.whole_file import whole_file
 
+BREAKDOWN_FILE = "last_breakdown"
+"""In the run directory: the newest checkpoint's step when a rank last died or the run last hung, or -1."""
+
+# What is there although no run has begun, where one ended while it was starting.
+_BEFORE_RUN = frozenset({LOCK_FILE, BREAKDOWN_FILE, "logs"})
 _UNWRITTEN = "cannot be written"
 
 
@@ -113,16 +118,20 @@ class RunDirectory:
         cls.check(path)
         return cls.begin(path, config_yaml)
 
-    def forget_after(self, step: int) -> None:
+    def forget_after(self, step: int, has_metrics: bool = True) -> None:
         """Take the lines of later steps out of metrics.jsonl and samples.jsonl, and any that a killed run left half.
 
+        Args:
+            step: The last step that stays.
+            has_metrics: Whether its metrics stay too.
+
         Raises:
-            RunError: They cannot be written.
+            RunError: The files cannot be written.
         """
-        for path in (self.metrics_file, self.samples_file):
+        for path, last in ((self.metrics_file, step if has_metrics else step - 1), (self.samples_file, step)):
             if path.exists():
                 with disk_errors_told(path, _UNWRITTEN, RunError):
-                    keep_lines(path, lambda line: line["step"] <= step)
+                    _keep_steps(path, last)
 
     def remove(self) -> None:
         """Remove the directory with all that is in it."""
@@ -211,5 +220,9 @@ class RunDirectory:
 
 
 def _holds_files(path: Path) -> bool:
-    """Whether a directory holds anything but its lock."""
-    return any(each.name != LOCK_FILE for each in path.iterdir())
+    """Whether a directory holds anything but what is left of a run that ended before it began."""
+    return any(each.name not in _BEFORE_RUN for each in path.iterdir() if not each.name.startswith(f".{BREAKDOWN_FILE}"))
+
+
+def _keep_steps(path: Path, last: int) -> None:
+    keep_lines(path, lambda line: line["step"] <= last)

@@ -58,7 +58,7 @@ def _forget_later(run: Run, progress: Mapping[str, Any] | None) -> None:
         run.directory.forget_after(-1)
         return
     logger.info("going on after step %d of %d", run.finished_steps, run.config.num_steps)
-    run.directory.forget_after(run.finished_steps - (run.unreported is not None))
+    run.directory.forget_after(run.finished_steps, has_metrics=run.unreported is None)
 
 
 def begin_checkpoint(run: Run) -> None:

@@ -25,6 +25,43 @@ def test_an_empty_directory_will_do(tmp_path: Path) -> None:
         RunDirectory.create(tmp_path, "")
 
 
+def test_what_a_run_left_that_ended_before_it_began_is_no_run(tmp_path: Path) -> None:
+    for name in (".lock", "last_breakdown", ".last_breakdown.17"):
+        (tmp_path / name).touch()
+    (tmp_path / "logs").mkdir()
+    assert not RunDirectory(tmp_path).has_run
+    directory = RunDirectory.create(tmp_path, "")
+    assert directory.has_run
+    with pytest.raises(ConfigError, match="must be a new or empty directory"):
+        RunDirectory.check(tmp_path)
+    RunDirectory.check(tmp_path, may_have_run=True)
+
+
+@pytest.mark.parametrize(("has_metrics", "left"), [(True, [0, 1, 2]), (False, [0, 1])])
+def test_later_steps_and_half_lines_are_forgotten(tmp_path: Path, has_metrics: bool, left: list[int]) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    directory.forget_after(2)
+    for step in range(4):
+        directory.append_metrics({"step": step})
+        directory.append_samples([{"step": step}, {"step": step}])
+    with directory.metrics_file.open("a") as file:
+        file.write('{"step": 4')
+    assert directory.last_step == 3
+    directory.forget_after(2, has_metrics)
+    assert [json.loads(line)["step"] for line in directory.metrics_file.read_text().splitlines()] == left
+    assert [json.loads(line)["step"] for line in directory.samples_file.read_text().splitlines()] == [0, 0, 1, 1, 2, 2]
+
+
+def test_an_export_is_set_aside_under_the_step_that_it_is_of(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    assert directory.last_step is None and directory.set_export_aside() is None
+    directory.append_metrics({"step": 7})
+    for _ in range(2):
+        directory.export.mkdir()
+        assert directory.set_export_aside() == tmp_path / "export_step_7"
+    assert not directory.export.exists()
+
+
 def test_a_removed_directory_can_be_made_again(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path / "run", "")
     directory.servers.mkdir()
