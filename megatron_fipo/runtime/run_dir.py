@@ -221,7 +221,8 @@ class RunDirectory:
 
 def _holds_files(path: Path) -> bool:
     """Whether a directory holds anything but what is left of a run that ended before it began."""
-    return any(each.name not in _BEFORE_RUN for each in path.iterdir() if not each.name.startswith(f".{BREAKDOWN_FILE}"))
+    names = [each.name for each in path.iterdir()]
+    return any(name not in _BEFORE_RUN and not name.startswith(f".{BREAKDOWN_FILE}") for name in names)
 
 
 def _keep_steps(path: Path, last: int) -> None:
