@@ -85,13 +85,17 @@ class Run:
     output: str
 
 
-def random_tensors(links: Sequence[Link], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    """Weights as a checkpoint has them: norms near 1, the rest near 0."""
-    for link in links:
+def random_tensors(links: Sequence[Link], pool: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Weights as a checkpoint has them: norms near 1, the rest from a pool of random numbers, begun at other places."""
+    for number, link in enumerate(links):
         if len(link.shape) == 1 and "norm" in link.name:
             yield link.name, torch.ones(link.shape, dtype=torch.bfloat16)
-        else:
-            yield link.name, torch.empty(link.shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+            continue
+        tensor = torch.empty(link.shape, dtype=torch.bfloat16)
+        start = number * 7919 % len(pool)
+        for block in tensor.view(-1).split(len(pool)):
+            block.copy_(pool.roll(-start)[: len(block)])
+        yield link.name, tensor
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], max_file_bytes: int) -> int:
@@ -110,9 +114,10 @@ def write_checkpoint(folder: Path, config: dict[str, Any], max_file_bytes: int) 
             start, filled = number, 0
         filled += size
     files.append(links[start:])
-    generator, records, places = torch.Generator().manual_seed(0), {}, []
+    pool = torch.empty(2**24 - 3, dtype=torch.bfloat16).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    records, places = {}, []
     for number, part in enumerate(files):
-        record, found = write_tensor_file(folder / ACTOR_FOLDER, number, random_tensors(part, generator))
+        record, found = write_tensor_file(folder / ACTOR_FOLDER, number, random_tensors(part, pool))
         records[f"{ACTOR_FOLDER}/__{number}_0.distcp"] = record
         places += found
     write_tensor_index(folder / ACTOR_FOLDER, places)
@@ -190,25 +195,25 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
     )
     size = ["--max-file-gib", arguments.max_file_gib]
     runs: dict[str, list[Run]] = {}
-    for number in range(arguments.rounds):
-        for verify in ("nothing", "bytes"):
-            trust = ["--trust-checkpoint"] if verify == "nothing" else []
-            words = [*size, "--verify", verify]
-            with removed(exported, back, copied):
-                done = {
-                    f"to-hf, {verify}": convert("to-hf", checkpoint, exported, *words, *trust),
-                    f"to-megatron, {verify}": convert("to-megatron", exported, back, *words),
-                    "cp": copy(checkpoint, copied),
-                }
-            for name, each in done.items():
-                runs.setdefault(name, []).append(each)
-                print(number, name, _row([each], num_bytes), flush=True)
+
+    def note(name: str, each: Run) -> None:
+        runs.setdefault(name, []).append(each)
+        print(name, _row([each], num_bytes), flush=True)
+
+    for _ in range(arguments.rounds):
+        with removed(exported, back, copied):
+            note("to-hf", convert("to-hf", checkpoint, exported, *size, "--verify", "nothing", "--trust-checkpoint"))
+            note("cp", copy(checkpoint, copied))
+            note("to-megatron", convert("to-megatron", exported, back, *size, "--verify", "nothing"))
+    with removed(exported):
+        note("to-hf, hashes of both compared", convert("to-hf", checkpoint, exported, *size, "--verify", "bytes"))
     print("\n| | seconds | GiB/s | own memory GiB | resident GiB |\n|---|---|---|---|---|")
     for name, each in runs.items():
         print(f"| {name} | {_row(each, num_bytes)} |")
     if arguments.logits:
-        one = convert("to-hf", checkpoint, exported, *size, "--memory-gib", arguments.logits)
-        print(f"| to-hf, all, {arguments.logits} GiB for models | {_row([one], num_bytes)} |")
+        words = ["--verify", "logits", "--trust-checkpoint", "--memory-gib", arguments.logits]
+        one = convert("to-hf", checkpoint, exported, *size, *words)
+        print(f"| to-hf, logits compared, {arguments.logits} GiB for models | {_row([one], num_bytes)} |")
         print("\n".join(line for line in one.output.splitlines() if "logits" in line))
 
 
