@@ -15,3 +15,7 @@ class SafeguardError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint cannot be written or read. What was complete on disk before still is."""
+
+
+class BreakdownError(RunError):
+    """A process that the run needs is gone, and none takes its place; started again, the run goes on."""

@@ -12,7 +12,7 @@ from megatron_fipo.rewards.base import RewardError
 from megatron_fipo.rollout.admission import NoSignalError
 from megatron_fipo.rollout.batch import RecordedBatchError
 from megatron_fipo.runtime.checkpoint_store import NewerFormatError
-from megatron_fipo.runtime.errors import CheckpointError, NonFiniteError, RunError, SafeguardError
+from megatron_fipo.runtime.errors import BreakdownError, CheckpointError, NonFiniteError, RunError, SafeguardError
 from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
 from megatron_fipo.trainer.controller_link import ControllerEndedError
 
@@ -23,6 +23,7 @@ _KNOWN: dict[str, type[ConfigError] | type[RunError] | type[StopRequested]] = {
     for kind in (
         ConfigError,
         RunError,
+        BreakdownError,
         CheckpointError,
         ControllerEndedError,
         EndOfPrompts,

@@ -12,7 +12,7 @@ from typing import IO, Any, Protocol
 
 from megatron_fipo.parallel.collectives import Arrays
 from megatron_fipo.runtime.child_process import child_environment
-from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.errors import BreakdownError
 from megatron_fipo.runtime.messages import LENGTH_BYTES, body_length, decode_body, encode_message
 from megatron_fipo.trainer.shared_arrays import map_arrays
 
@@ -32,7 +32,7 @@ class HasFileno(Protocol):
         ...
 
 
-class ControllerEndedError(RunError):
+class ControllerEndedError(BreakdownError):
     """The controller process is gone."""
 
 

@@ -20,7 +20,7 @@ from megatron_fipo.parallel.flight_recorder import last_collectives, record_coll
 from megatron_fipo.platform.device import collective_backend, compute_device, uses_cuda
 from megatron_fipo.rollout.servers.listener import job_address
 from megatron_fipo.runtime.breakdowns import breakdown_statuses
-from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.errors import BreakdownError, RunError
 from megatron_fipo.runtime.exit_codes import DONE, FAILED, GO_ON, INTERRUPTED
 from megatron_fipo.runtime.logging import setup_logging
 from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
@@ -68,6 +68,8 @@ def do_on_ranks(work: RankWork) -> int:
     try:
         with watchdog, _process_group(watchdog, timedelta(seconds=timeout_s)):
             work.do(rank, where, stop)
+    except BreakdownError as error:
+        return _told(rank, f"{work.name} stopped: {error}", breakdown_status())
     except RunError as error:
         return _told(rank, f"{work.name} stopped: {error}", FAILED)
     except StopRequested as reason:
