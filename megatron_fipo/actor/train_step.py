@@ -106,7 +106,7 @@ class TrainStep:
 
     Attributes:
         recorder: Keeps the tokens of chosen sequences.
-        evidence: Of the last update, until it is set to None: some 40 bytes a token.
+        evidence: Of the last update, until it is set to None: 26 bytes a token.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """Faults planted in real runs: seen on the step they are planted in, obeyed on all ranks alike, and run again."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -141,6 +142,13 @@ def break_gradient(update: int) -> Plant:
     return plant
 
 
+def block_dumps(run: Run, number: int, mini_batch: Sequence[MicroBatch]) -> None:
+    """Spoil the first update where nothing can be kept of it: as root, no permission is missing."""
+    if number == 1 and run.directory is not None:
+        run.directory.dumps.write_text("in the way")
+    spoil("advantages", math.nan, 1)(run, number, mini_batch)
+
+
 def noise(size: float) -> Plant:
     """Shift old log-probabilities, as kernels that differ between the two passes would."""
 
@@ -231,6 +239,7 @@ ON_TWO_RANKS: dict[str, Case] = {
     "loss_skipped": Case(spoil("advantages", math.nan, 2, rank=0), SKIP, dump=1),
     "loss_pp": Case(spoil("old_log_probs", math.nan, 2), changes={"parallelism": PP}, dump=1),
     "gradient_tp": Case(spoil("advantages", 3e38, 2), changes={"parallelism": TP}, dump=1),
+    "gradient_pp": Case(break_gradient(1), {"max_dumps": 0}, {"parallelism": PP}),
     "gradient_cp": Case(spoil("advantages", 3e38, 2), SKIP, BF16, 1),
     "gradient_of_a_rank": Case(break_gradient(3), SKIP, dump=1),
     "weights": Case(break_weight(UPDATES)),
@@ -244,6 +253,7 @@ ON_TWO_RANKS: dict[str, Case] = {
         safeguards=RATIOS | {"on_exploding_ratio": "stop", "dump_weights": False}, changes=LARGE_STEPS
     ),
     "noise_skipped": Case(noise(0.1), {"on_null_noise": "skip", "max_consecutive_skips": 4}, {"parallelism": CP}, 1),
+    "undumpable": Case(block_dumps, SKIP),
     "collapse": Case(
         safeguards={"collapse_window_steps": 1, "max_reward_drop": 0.2, "on_collapse": "stop"}, changes={"num_steps": 3}
     ),
@@ -290,6 +300,7 @@ APPLIED = {
     "loss_skipped": [True, False, True, True, True, True],
     "loss_pp": [True, False],
     "gradient_tp": [True, False],
+    "gradient_pp": [False],
     "gradient_cp": [True, False, True, True, True, True],
     "gradient_of_a_rank": [True, True, False, True, True, True],
     "weights": [True, True, True],
@@ -299,6 +310,7 @@ APPLIED = {
     "ratio_skipped": [True, False, False] * 2,
     "ratio_stopped": [True, False],
     "noise_skipped": [False] * 5,
+    "undumpable": [False, True, True] + [True] * 3,
     "collapse": [True] * 6,
     "asked_for": [True] * 6,
     "experts": [True] * 3,
@@ -322,6 +334,11 @@ ERRORS = {
     "gradient_tp": (
         r"NonFiniteError: step 1, update 2 of 3: the gradient norm is nan, the loss is finite; not finite in "
         rf"{WEIGHT} \(rank 0, 1\), decoder\.layers\.0\.\S+ .* and \d+ more{NOT_MADE}; .*"
+    ),
+    # Layers have the numbers of the whole model on every stage.
+    "gradient_pp": (
+        r"NonFiniteError: step 1, update 1 of 3: the gradient norm is nan, the loss is finite; not finite in "
+        rf"decoder\.layers\.3\.mlp\.linear_fc2\.weight \(rank 1\){NOT_MADE}"
     ),
     "weights": (
         r"NonFiniteError: step 1, update 3 of 3: after its optimizer step weights are not finite: "
@@ -375,6 +392,12 @@ def test_what_is_skipped_or_warned_of_is_told_and_counted(root: Path, seen: dict
     assert {key: [line[key[1]] for line in lines(root, key[0])] for key in counts} == counts
     assert min(line["train/log_ratio_abs_max"] for line in lines(root, "warned")) > 0.5
     assert not CATALOGUE.undeclared(lines(root, "loss_skipped")[0])
+
+
+def test_a_fault_that_cannot_be_kept_is_still_a_fault(root: Path, seen: dict[str, list[Seen]]) -> None:
+    first, second = seen["undumpable"][0].ended.log
+    assert re.fullmatch(r"no dump of step 1: \S+/dumps\S*: cannot be made \(.*\); mend its permissions, .*", first)
+    assert second.endswith("the update was not applied")
 
 
 def test_what_is_kept_is_whole_and_of_the_first_fault_of_a_step(root: Path, seen: dict[str, list[Seen]]) -> None:
@@ -459,3 +482,34 @@ def test_a_dump_without_the_weights_from_before_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"must hold the weights from before the update, and does not; .*{rule}"):
         open_dump(root / name / "dumps" / "step_1", [])
+
+
+GRIDS: dict[str, dict[str, Any]] = {
+    "TP 2 + SP × PP 2": TP | PP,
+    "PP 2 × VPP 2 × DP 2": PP | {"virtual_pipeline_model_parallel_size": 2},
+    "CP 2 × DP 2": CP,
+    "TP 2 + SP × CP 2": TP | CP,
+}
+
+
+def asked_for_on_grids(root: Path) -> dict[str, list[bool]]:
+    """Whether what is kept on each grid is the same in that grid, and on the next one."""
+    torch.use_deterministic_algorithms(True)
+    quiet_upstream()
+    found = {}
+    grids = list(GRIDS.items())
+    for number, (name, grid) in enumerate(grids):
+        folder = f"grid_{number}"
+        case = Case(safeguards={"dump_step": 1, "dump_update": 3}, changes={"num_steps": 1, "parallelism": grid})
+        run_case(root, folder, case)
+        here = run_again(root / folder, 1)
+        after = grids[(number + 1) % len(grids)][1] | {"max_tokens_per_micro_batch": 96}
+        there = run_again(root / folder, 1, ["--parallelism", json.dumps(after)])
+        found[name] = [here.is_same_cut, here.is_same, there.is_same_cut, there.is_same]
+    return found
+
+
+@pytest.mark.exhaustive
+def test_what_is_kept_on_four_ranks_is_the_same_there_and_elsewhere(root: Path) -> None:
+    for rank in run_distributed(asked_for_on_grids, 4, root):
+        assert rank == dict.fromkeys(GRIDS, [True, True, False, True])

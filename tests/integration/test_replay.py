@@ -188,6 +188,15 @@ def test_what_is_no_dump_is_refused(root: Path, dump: Path, tmp_path: Path) -> N
         assert message in err
 
 
+def test_responses_that_the_limit_cuts_off_end_a_run_that_generates(root: Path) -> None:
+    limits = SafeguardsConfig(collapse_window_steps=1, max_truncated_fraction=0.5, on_collapse="stop")
+    ((ended,),) = run_distributed(run_in_turn, 1, [small_run(root, "cut_off", safeguards=limits)])
+    kind, text = ended.error
+    assert kind == "SafeguardError"
+    assert text.startswith("step 1: the token limit has cut off ")
+    assert not (root / "cut_off" / "dumps").exists()
+
+
 @pytest.mark.exhaustive
 def test_ranks_of_a_launcher_run_an_update_again(root: Path) -> None:
     config = small_run(
