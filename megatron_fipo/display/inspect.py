@@ -74,6 +74,8 @@ def _show_steps(console: Console, run: RunFiles) -> None:
         table.add_row(str(step), *(reading.show(metrics) or "" for reading in listed), accuracy(metrics) or "")
     console.print(Text(f"{run.path}: {max(run.steps, default=0)} steps so far"))
     console.print(table)
+    for name, text in run.dumps.items():
+        console.print(Text(f"dumps/{name}, {harmless(text)}"))
 
 
 def _show_samples(console: Console, run: RunFiles, step: int) -> None:

@@ -1,5 +1,6 @@
 """A run directory as a reader finds it, finished or still being written."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ class RunFiles:
         if not found and (records := self.tokens(step)) is not None:
             found = {int(sequence): {"step": step, "sequence": int(sequence)} for sequence in records.sequences}
         return list(found.values())
+
+    @property
+    def dumps(self) -> dict[str, str]:
+        """What every update that was kept is about, by the name of its folder; what cannot be read is left out."""
+        found = {}
+        for file in sorted(self.path.glob("dumps/step_*/dump.json")):
+            try:
+                told = json.loads(file.read_bytes())
+                fault = told["fault"]["text"] or "asked for"
+                found[file.parent.name] = f"update {told['place']['update']}: {fault}"
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return found
 
     def tokens(self, step: int) -> TokenRecords | None:
         """The step's token records, or None where none were written.

@@ -52,6 +52,21 @@ def test_without_a_step_all_whole_steps_are_listed(run: Path, capsys: pytest.Cap
     assert lines[4].split()[1:] == ["0.438", "-0.0100", "1.0100"]
 
 
+def test_updates_that_were_kept_are_listed_with_what_they_are_about(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, text in ((1, "the loss is nan\x1b[2J"), (2, "")):
+        folder = run / "dumps" / f"step_{step}"
+        folder.mkdir(parents=True)
+        (folder / "dump.json").write_text(json.dumps({"place": {"update": 3}, "fault": {"text": text}}))
+    (run / "dumps" / "step_3").mkdir()
+    (run / "dumps" / "step_3" / "dump.json").write_text("{}")
+    assert shown(capsys, run).splitlines()[-2:] == [
+        "dumps/step_1, update 3: the loss is nan·[2J",
+        "dumps/step_2, update 3: asked for",
+    ]
+
+
 def test_a_step_lists_its_samples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(capsys, run, "--step", 2)
     rows = out.splitlines()[-3:]
