@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,9 @@ from megatron_fipo.runtime.checkpoint_store import Checkpoint
 from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.trainer.agreement import on_main_rank
+from megatron_fipo.trainer.checkpointing import Checkpointer
 from megatron_fipo.trainer.state import Run, StepReport
 
 logger = logging.getLogger(__name__)
@@ -85,10 +88,16 @@ def complete_checkpoint(run: Run) -> None:
             own.complete(run.finished_steps, partial(_write_files, run), metrics_file)
     own.advance()
     if run.directory is not None:
-        newest = own.store.steps()[-own.config.keep_last :]
-        if len(newest) == own.config.keep_last:
-            # Older batches would be needed only if all of these were damaged.
-            forget_journal(run.directory.journal, last=newest[0])
+        # A file system that refuses is asked again after the next step.
+        with suppress(OSError):
+            _forget_journal(run.directory, own)
+
+
+def _forget_journal(directory: RunDirectory, own: Checkpointer) -> None:
+    """Remove batches that would be needed only if every one of the newest checkpoints were damaged."""
+    newest = own.store.steps()[-own.config.keep_last :]
+    if len(newest) == own.config.keep_last:
+        forget_journal(directory.journal, last=newest[0])
 
 
 def save_now(run: Run) -> None:

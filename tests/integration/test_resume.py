@@ -101,6 +101,20 @@ def test_a_run_goes_on_in_other_process_grids(root: Path) -> None:
                 assert mine[key] == pytest.approx(its[key], rel=2e-6, abs=1e-7), (mine["step"], key)
 
 
+def test_a_recording_goes_on_too(root: Path) -> None:
+    recording = {"mode": "rollout_only", "checkpoint": {"every_steps": 1}}
+    whole, *parts = (
+        config(root, name, steps, **recording) for name, steps in (("taped", 3), ("spliced", 1), ("spliced", 3))
+    )
+    assert [each.error for each in ends_of([whole, *parts])] == [()] * 3
+    one, other = (
+        {path.name: path.read_bytes() for path in (each.output_dir / "rollouts").iterdir()}
+        for each in (whole, parts[-1])
+    )
+    assert len(one) == 3 and other == one
+    assert lines(parts[-1]) == lines(whole)
+
+
 def test_changes_of_the_configuration_are_told_and_refused_or_accepted(root: Path) -> None:
     begun = config(root, "changed", 2)
     refused = {
