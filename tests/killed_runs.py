@@ -328,7 +328,7 @@ def scale_of(folder: Path, metrics: Sequence[dict[str, Any]]) -> Scale:
 
 
 def draw_kills(seed: int, count: int, victims: Sequence[Victim], phases: Sequence[str]) -> list[Kill]:
-    """Random kills of which every kind of victim has as many as the others.
+    """Random kills; over the seeds every kind of victim has as many as the others.
 
     Args:
         seed: Seed.
@@ -337,7 +337,7 @@ def draw_kills(seed: int, count: int, victims: Sequence[Victim], phases: Sequenc
         phases: Phases that they are killed in.
     """
     draw = random.Random(seed)
-    chosen = [victims[number % len(victims)] for number in range(count)]
+    chosen = [victims[(seed * count + number) % len(victims)] for number in range(count)]
     draw.shuffle(chosen)
     return [
         Kill(
