@@ -1,6 +1,7 @@
 """The actor's logits on a few sequences, for comparisons with other models, and where these sequences come from."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.parallel.packing import plan_packs
 from megatron_fipo.platform.device import compute_device
-from megatron_fipo.runtime.json_files import read_whole_lines
 from megatron_fipo.types import TrainBatch
 
 _RANDOM_LENGTHS = (33, 64, 17, 48)
 _MAX_SEQUENCES = 4
 _MAX_TOKENS = 64
+_TAIL_BYTES = 2**22
 _TEXTS = (
     "A farmer has 17 sheep and buys 8 more. How many sheep are there now? Let us add: 17 + 8 = 25, so there are 25.",
     "Solve for x: 3x - 7 = 11. Adding 7 to both sides gives 3x = 18, and dividing by 3 gives x = 6.",
@@ -54,11 +55,24 @@ def probe_sequences(folder: Path, vocab_size: int, run: Path | None) -> tuple[li
 
 
 def _sampled(run: Path | None) -> Sequence[str]:
+    """Prompts with their responses, from the end of samples.jsonl, which may be long."""
     path = None if run is None else run / "samples.jsonl"
     if path is None or not path.is_file():
         return ()
-    records = read_whole_lines(path)[0][-_MAX_SEQUENCES:]
-    return [f"{each.get('prompt', '')}{each.get('response', '')}" for each in records]
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        lines = file.read().splitlines()
+    texts: list[str] = []
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            texts.append(record["prompt"] + record["response"])
+        except (ValueError, KeyError, TypeError):
+            # The first line is cut off, and the last one may be.
+            continue
+        if len(texts) == _MAX_SEQUENCES:
+            break
+    return texts
 
 
 def random_sequences(vocab_size: int) -> list[list[int]]:

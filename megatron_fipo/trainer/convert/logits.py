@@ -4,6 +4,7 @@ Both models compute in float32 and in the export's precision, from the same weig
 memory, each of its layers is in memory only while it computes, on either side.
 """
 
+import gc
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,6 +148,9 @@ class _Comparison:
         if outputs:
             actor.observe(observe)
         logits = [each.cpu() for each in probe.logits(actor.forward)]
+        # Its hooks refer to it, so that it would stay until the collector comes by itself.
+        del actor
+        gc.collect()
         return logits, parted[0] if parted else ""
 
     def _read(self, name: str) -> Tensor:

@@ -19,7 +19,6 @@ from megatron_fipo.conversion.safetensors_file import (
     record_of,
     stored_tensors,
 )
-from tests.tiny_actors import bits
 
 TENSORS = {
     "odd": torch.randn(7, 3, dtype=torch.float64).to(torch.bfloat16),
@@ -29,6 +28,10 @@ TENSORS = {
     "half": torch.randn(2, 2, 2).half(),
     "special": torch.tensor([float("nan"), -0.0, float("inf")]),
 }
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def planned(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> list[PlannedTensor]:
@@ -66,7 +69,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     block_bytes=st.sampled_from([8, 24, 2**20]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_records_are_those_of_the_file_however_it_is_cut(
     tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, ...]], block_bytes: int, dtype: torch.dtype
 ) -> None:
