@@ -89,6 +89,8 @@ def test_help_shows_the_usage() -> None:
         code, out, err = run_command(word)
         assert (code, err) == (0, "")
         assert out.startswith(USAGE)
+        for command in ("train", "evaluate", "inspect", "convert", "check", "serve"):
+            assert f"\n  {command} " in out
 
 
 @pytest.mark.parametrize(
