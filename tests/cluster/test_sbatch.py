@@ -1,15 +1,20 @@
 """Runs that slurm/train.sbatch starts on a real Slurm."""
 
+import contextlib
 import os
+import re
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.launch.hostlist import expand_hostlist
+from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from tests.cluster.mini_slurm import Job, MiniSlurm, wait_for
 from tests.distributed_helpers import run_distributed
 from tests.integration.small_runs import read_lines, run_in_turn, small_run, without_times, write_inputs
@@ -36,11 +41,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("sbatch"))
 
 
-def submit(slurm: MiniSlurm, config: RunConfig, *words: str, options: list[str] = TWO_PER_NODE) -> int:
+def submit(
+    slurm: MiniSlurm,
+    config: RunConfig,
+    *words: str,
+    options: list[str] = TWO_PER_NODE,
+    variables: Mapping[str, str] | None = None,
+) -> int:
     """Submit the script from the folder above the run directory."""
     path = config.output_dir.with_suffix(".yaml")
     path.write_text(dump_config(config))
-    return slurm.submit(*options, SCRIPT, path, *words, cwd=path.parent, variables=VARIABLES)
+    return slurm.submit(*options, SCRIPT, path, *words, cwd=path.parent, variables=VARIABLES | dict(variables or {}))
 
 
 def logs(root: Path, job_id: int) -> tuple[str, str]:
@@ -105,26 +116,81 @@ def test_a_run_that_stops_ends_the_job_with_its_message(slurm: MiniSlurm, root: 
 
 def test_a_killed_rank_ends_the_job(slurm: MiniSlurm, root: Path) -> None:
     config = small_run(root, "killed", num_steps=100_000)
-    job_id = submit(slurm, config, options=ONE_PER_NODE)
-    metrics = config.output_dir / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(read_lines(metrics)) > 1, "the first step", 480.0)
-    os.kill(process_of_rank(slurm, job_id, rank=1), signal.SIGKILL)
+    job_id = submit(slurm, config, options=ONE_PER_NODE, variables={"MEGATRON_FIPO_MAX_RESTARTS": "0"})
+    wait_for_step(config, 1)
+    os.kill(process_of_rank(job_id, rank=1), signal.SIGKILL)
     ended = slurm.wait(job_id)
-    job_log, ranks_log = logs(root, job_id)
-    assert ended.state == "FAILED"
-    assert ended.exit_code != 0
-    assert "task 1: Killed" in job_log, job_log + ranks_log
+    job_log, log = logs(root, job_id)
+    assert ended == Job(state="FAILED", exit_code=85), job_log + log
+    assert re.search(r"^0: megatron-fipo: the run stopped: rank 1 \(.*\) died without a word$", log, re.MULTILINE)
+    assert "Traceback" not in log
     assert slurm.command("squeue", "-h") == ""
 
 
-def process_of_rank(slurm: MiniSlurm, job_id: int, rank: int) -> int:
-    """Process id of a task of the second step (the first checks the configuration), as Slurm lists it."""
-    for node in slurm.nodes:
-        for line in slurm.command("scontrol", "listpids", job_id, node).splitlines()[1:]:
-            process_id, _, step, _, task = line.split()
-            if (step, task) == ("1", str(rank)):
-                return int(process_id)
-    raise AssertionError(f"job {job_id} has no task {rank}")
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+def test_a_job_is_queued_again_until_the_run_is_done(slurm: MiniSlurm, root: Path) -> None:
+    """Once since it was asked to end, as before its time limit, and once since a rank was killed."""
+    config = small_run(root, "again", num_steps=60, checkpoint={"every_steps": 1, "export_at_end": False})
+    job_id = submit(slurm, config, options=ONE_PER_NODE)
+    wait_for_step(config, 3)
+    slurm.command("scancel", "--batch", "--signal=USR1", job_id)
+    wait_for(lambda: slurm.show_job(job_id)["Restarts"] == "1", "the job to be queued again", 120.0)
+    stopped_at = last_step(config)
+    wait_for_step(config, stopped_at + 3)
+    os.kill(process_of_rank(job_id, rank=1), signal.SIGKILL)
+    ended = slurm.wait(job_id)
+    job_log, _ = logs(root, job_id)
+    told = job_log + "".join(ranks_log(root, job_id, attempt) for attempt in range(3))
+    assert ended == Job(state="COMPLETED", exit_code=0), told
+    assert slurm.show_job(job_id)["Restarts"] == "2"
+    assert [line["step"] for line in read_lines(config.output_dir / "metrics.jsonl")] == list(range(61))
+    for attempt, line in enumerate(
+        ("the run ended on SIGUSR1; the same command goes on with it", "the run stopped: rank 1 (")
+    ):
+        assert ranks_log(root, job_id, attempt).count(f"0: megatron-fipo: {line}") == 1, told
+        assert f"attempt {attempt} ended with 85" in job_log
+    assert "died without a word" in ranks_log(root, job_id, 1)
+    assert "attempt 2 ended with 0" in job_log
+    assert job_log.count("the job is queued again") == 2
+    assert slurm.command("squeue", "-h") == ""
+
+
+@pytest.mark.exhaustive
+def test_a_cancelled_job_is_saved_and_stays_cancelled(slurm: MiniSlurm, root: Path) -> None:
+    config = small_run(root, "cancelled", num_steps=100_000, checkpoint={"every_steps": 100_000})
+    job_id = submit(slurm, config, options=ONE_PER_NODE)
+    wait_for_step(config, 1)
+    slurm.command("scancel", job_id)
+    ended = slurm.wait(job_id)
+    job_log, _ = logs(root, job_id)
+    assert ended.state == "CANCELLED"
+    assert slurm.show_job(job_id)["Restarts"] == "0"
+    assert len(CheckpointStore(config.output_dir / "checkpoints").steps()) == 1, job_log + ranks_log(root, job_id, 0)
+
+
+def last_step(config: RunConfig) -> int:
+    path = config.output_dir / "metrics.jsonl"
+    return max((line["step"] for line in read_lines(path)), default=-1) if path.exists() else -1
+
+
+def wait_for_step(config: RunConfig, step: int) -> None:
+    wait_for(lambda: last_step(config) >= step, f"step {step}", 480.0)
+
+
+def ranks_log(root: Path, job_id: int, attempt: int) -> str:
+    path = root / "logs" / f"megatron-fipo-{job_id}" / f"attempt_{attempt}.log"
+    return path.read_text() if path.exists() else ""
+
+
+def process_of_rank(job_id: int, rank: int) -> int:
+    """Process id of a rank of the job."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "megatron_fipo.cli" in process.cmdline()[:3] and process.environ().get("SLURM_JOB_ID") == str(job_id):
+                if process.environ().get("SLURM_PROCID") == str(rank):
+                    return process.pid
+    raise AssertionError(f"job {job_id} has no rank {rank}")
 
 
 @pytest.mark.parametrize(
