@@ -30,6 +30,7 @@ from megatron_fipo.config.reward import (
 )
 from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.config.safeguards import SafeguardsConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.config.weight_sync import WeightSyncConfig
 from tests.unit.config.field_reads import read_fields
@@ -190,6 +191,7 @@ ACCEPTED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2, "batch_p2p_comm": True},
     ),
     (RolloutConfig, {"top_p": 1e-9}),
+    (SafeguardsConfig, {"max_log_ratio": math.inf, "max_reward_drop": math.inf, "min_length_fraction": 0.0}),
     (OptimizerConfig, {"warmup_steps": 0, "weight_decay": 0.0, "adam_beta1": 0.0, "max_grad_norm": math.inf}),
     (OptimizerConfig, {"schedule": "cosine", "decay_steps": 11}),
     (OptimizerConfig, {"min_learning_rate": 1e-6}),
@@ -663,6 +665,29 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         "every_steps = -1: must not be negative; 0 evaluates before and after the run",
     ),
     (MetricsConfig, {"samples_per_step": -1}, "samples_per_step = -1: must not be negative; 0 writes none"),
+    (
+        SafeguardsConfig,
+        {"max_log_ratio": math.nan},
+        "max_log_ratio = nan: must be positive; use 15, or .inf for no limit",
+    ),
+    (
+        SafeguardsConfig,
+        {"null_future_kl_budget": -0.1},
+        "null_future_kl_budget = -0.1: must not be negative; use 0.01, or .inf for no limit",
+    ),
+    (SafeguardsConfig, {"max_consecutive_skips": -1}, "max_consecutive_skips = -1: must not be negative; 3 is usual"),
+    (SafeguardsConfig, {"max_reward_drop": 0.0}, "max_reward_drop = 0.0: must be positive; use .inf for no limit"),
+    (
+        SafeguardsConfig,
+        {"min_length_fraction": 1.0},
+        "min_length_fraction = 1.0: must lie in [0, 1); 0 sets no limit",
+    ),
+    (
+        SafeguardsConfig,
+        {"max_truncated_fraction": 0.0},
+        "max_truncated_fraction = 0.0: must lie in (0, 1]; 1 sets no limit",
+    ),
+    (SafeguardsConfig, {"dump_step": 0}, "dump_step = 0: must be at least 1; steps begin at 1"),
     (WeightSyncConfig, {"bucket_mib": 0}, "bucket_mib = 0: must be at least 1; 512 is a good value"),
     (
         FipoConfig,
