@@ -1,7 +1,7 @@
 """An actor on one rank that reads its weights from a checkpoint as its forward pass needs them.
 
 A model is then run in the memory of its largest layer. It is megatron-core's own model with its own names of tensors;
-nothing here knows how these are called elsewhere.
+nothing here knows how these are called elsewhere. Of a mixture of experts, tokens go where their micro-batch says.
 """
 
 from collections import defaultdict
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_fipo.actor.checkpoint_shards import shards_to_read
 from megatron_fipo.actor.forward import ActorForward
 from megatron_fipo.actor.model import build_provider
+from megatron_fipo.actor.routing import RoutingReplay
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.conversion.bridge import HfBridge
@@ -61,7 +62,10 @@ class LayerwiseActor:
             for name, parameter in owner.named_parameters(recurse=False)
         }
         self._add_hooks()
-        self.forward = ActorForward([self.chunk], provider, model, context, bridge.vocab_size, temperature=1.0)
+        routing = RoutingReplay([self.chunk], provider, context) if provider.num_moe_experts else None
+        self.forward = ActorForward(
+            [self.chunk], provider, model, context, bridge.vocab_size, temperature=1.0, routing=routing
+        )
 
     def observe(self, observer: Observer) -> None:
         """Have the outputs of every part told, under transformers' names of the parts.

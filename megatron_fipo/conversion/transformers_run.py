@@ -52,7 +52,8 @@ class TransformersRun:
         Args:
             sequences: Token ids.
             dtype: Precision to compute in.
-            outputs: Is given the outputs of the model's parts by their names, rows of all sequences [ΣL, hidden].
+            outputs: Is given the outputs of the model's parts by their names, rows of all sequences [ΣL, hidden], and
+                for each router (`is_router`) the experts that it chose, [ΣL, k].
         """
         disable_progress_bar()
         with self._placed(dtype) as place:
@@ -65,7 +66,8 @@ class TransformersRun:
             parts: dict[str, list[Tensor]] = {}
             for name, part in _parts(model.model) if outputs is not None else ():
                 mine = parts.setdefault(name, [])
-                part.register_forward_hook(lambda _, __, output, mine=mine: mine.append(first_of(output)[0].cpu()))
+                rows = _chosen_experts if is_router(name) else _rows
+                part.register_forward_hook(lambda _, __, output, mine=mine, rows=rows: mine.append(rows(output).cpu()))
             with torch.no_grad():
                 inputs = [torch.tensor([ids], device=device) for ids in sequences]
                 logits = [model(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in inputs]
@@ -97,10 +99,27 @@ def first_of(output: Any) -> Tensor:
     return found
 
 
+def is_router(name: str) -> bool:
+    """Whether a part, by its name, chooses experts."""
+    return name.endswith(".mlp.gate")
+
+
+def _rows(output: Any) -> Tensor:
+    return first_of(output)[0]
+
+
+def _chosen_experts(output: Any) -> Tensor:
+    _, _, experts = output
+    chosen: Tensor = experts
+    return chosen
+
+
 def _parts(model: Any) -> Iterator[tuple[str, Any]]:
     yield "model.embed_tokens", model.embed_tokens
     for number, layer in enumerate(model.layers):
         yield f"model.layers.{number}.self_attn", layer.self_attn
+        if hasattr(layer.mlp, "gate"):
+            yield f"model.layers.{number}.mlp.gate", layer.mlp.gate
         yield f"model.layers.{number}", layer
     yield "model.norm", model.norm
 

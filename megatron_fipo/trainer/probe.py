@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.actor.forward import ActorForward
-from megatron_fipo.actor.micro_batch import build_micro_batch
+from megatron_fipo.actor.micro_batch import RoutedExperts, build_micro_batch
 from megatron_fipo.actor.shard import packing_rules
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.parallelism import ParallelismConfig
@@ -115,6 +115,22 @@ class Probe:
             dist.all_gather(shards, local.contiguous(), group=self._context.cp_group)
             found |= self._by_sequence(number, self._micro_batches[number].layout.unshard(shards))
         return [found[index] for index in sorted(found)]
+
+    def send_to(self, experts: Sequence[Tensor]) -> None:
+        """Have the actor send tokens to these experts, where its forward pass replays routing and there is one pack.
+
+        Args:
+            experts: [ΣL, k] of every layer that has some; rows as those of `rows`.
+        """
+        (micro_batch,) = self._micro_batches
+        (num_tokens,) = micro_batch.token_ids.shape[1:]
+        numbers = self.rows(torch.arange(num_tokens, device=micro_batch.token_ids.device)).cpu()
+        recorded = torch.zeros(num_tokens, dtype=torch.bool)
+        recorded[numbers] = True
+        chosen = torch.zeros(len(experts), num_tokens, experts[0].shape[1], dtype=torch.int16)
+        for layer, rows in enumerate(experts):
+            chosen[layer, numbers] = rows.to(torch.int16)
+        micro_batch.routed_experts = RoutedExperts(chosen, recorded)
 
     def rows(self, packed: Tensor) -> Tensor:
         """Rows of the sequences, one after the other, of what an actor gives for all of them in one pack.

@@ -18,7 +18,8 @@ from megatron_fipo.trainer.convert.command import convert
 from megatron_fipo.trainer.convert.options import ConvertOptions
 from megatron_fipo.trainer.convert.to_hf import to_hf
 from megatron_fipo.trainer.convert.words import Conversion
-from tests.conversions import save_checkpoint
+from megatron_fipo.trainer.probe import Probe
+from tests.conversions import save_checkpoint, write_checkpoint
 from tests.distributed_helpers import run_distributed
 from tests.tiny_actors import tiny_actor
 from tests.tiny_models import write_tiny_model
@@ -89,6 +90,16 @@ def stale_weight(tensors: Tensors, _: dict[str, Any], before: Tensors) -> None:
     tensors[name] = before[name]
 
 
+def stale_router(tensors: Tensors, _: dict[str, Any], before: Tensors) -> None:
+    name = f"{LAYER}mlp.gate.weight"
+    tensors[name] = before[name]
+
+
+def permuted_router(tensors: Tensors, _: dict[str, Any], __: Tensors) -> None:
+    name = f"{LAYER}mlp.gate.weight"
+    tensors[name] = tensors[name].roll(1, 0).contiguous()
+
+
 def stale_norm(tensors: Tensors, _: dict[str, Any], before: Tensors) -> None:
     tensors["model.norm.weight"] = before["model.norm.weight"]
 
@@ -101,10 +112,18 @@ MUTANTS: dict[str, tuple[Mutant, list[str]]] = {
     "stale weight": (stale_weight, [f"they part at {LAYER}self_attn (", f"{LAYER}self_attn.o_proj.weight has other"]),
     "stale norm": (stale_norm, ["they part at model.norm (", "model.norm.weight has other bytes"]),
 }
+ROUTER_MUTANTS: dict[str, tuple[Mutant, list[str]]] = {
+    name: (mutant, ["they part at model.layers.1 (", f"{LAYER}mlp.gate.weight has other bytes"])
+    for name, mutant in (("stale router", stale_router), ("permuted router", permuted_router))
+}
 MEMORY = {"whole": None, "layer by layer": 1}
 # Layer by layer of a dense model with tied embeddings, and of one with experts, which transformers stacks.
 PAIRS = [*((model, "whole") for model in MODELS), ("qwen2", "layer by layer"), ("qwen3_moe", "layer by layer")]
 MORE_PAIRS = [("qwen3", "layer by layer"), ("llama", "layer by layer")]
+
+
+def names_for(model: str) -> list[str]:
+    return ["right", *MUTANTS, *(ROUTER_MUTANTS if model == "qwen3_moe" else [])]
 
 
 def judge_all(root: Path, pairs: list[tuple[str, str]]) -> dict[str, str]:
@@ -112,7 +131,7 @@ def judge_all(root: Path, pairs: list[tuple[str, str]]) -> dict[str, str]:
     told: dict[str, str] = {}
     for model, kind in pairs:
         options = ConvertOptions(verify="logits", memory_bytes=MEMORY[kind])
-        for name in ("right", *MUTANTS):
+        for name in names_for(model):
             folder = root / "mutant"
             write_mutant(root, model, name, folder)
             told[f"{model}, {name}, {kind}"] = verdict(root / f"{model} step 3", folder, options)
@@ -126,7 +145,7 @@ def write_mutant(root: Path, model: str, name: str, folder: Path) -> None:
         return
     tensors, before = (load_file(root / f"{model} export {step}" / "model.safetensors") for step in (3, 2))
     config = json.loads((folder / "config.json").read_text())
-    MUTANTS[name][0](tensors, config, before)
+    (MUTANTS | ROUTER_MUTANTS)[name][0](tensors, config, before)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -151,12 +170,13 @@ def check(told: str, name: str) -> None:
         return
     assert told.startswith("ConversionError: ")
     assert "its logits differ" in told
-    for text in MUTANTS[name][1]:
+    for text in (MUTANTS | ROUTER_MUTANTS)[name][1]:
         assert text in told
 
 
-@pytest.mark.parametrize("name", ["right", *MUTANTS])
-@pytest.mark.parametrize(("model", "memory"), PAIRS)
+@pytest.mark.parametrize(
+    ("model", "memory", "name"), [(model, memory, name) for model, memory in PAIRS for name in names_for(model)]
+)
 def test_mutants_are_caught_by_their_logits_alone(verdicts: dict[str, str], model: str, memory: str, name: str) -> None:
     check(verdicts[f"{model}, {name}, {memory}"], name)
 
@@ -165,7 +185,7 @@ def test_mutants_are_caught_by_their_logits_alone(verdicts: dict[str, str], mode
 def test_mutants_of_other_models_layer_by_layer(root: Path) -> None:
     told = run_distributed(judge_all, 1, root, MORE_PAIRS)[0]
     for model, memory in MORE_PAIRS:
-        for name in ("right", *MUTANTS):
+        for name in names_for(model):
             check(told[f"{model}, {name}, {memory}"], name)
 
 
@@ -183,3 +203,24 @@ def test_every_rank_hears_of_a_difference(root: Path) -> None:
     assert ours == theirs
     assert ours[1] == "equal"
     assert "they part at model.layers.0.self_attn" in ours[0]
+
+
+def with_and_without_replay(root: Path) -> list[str]:
+    """Every expert has a twin that is as likely up to rounding, and gives something else."""
+    model = write_tiny_model(root / "twins", "qwen3_moe", num_hidden_layers=3, num_experts=8, num_experts_per_tok=3)
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("mlp.gate.weight")]:
+        tensors[name][4:] = tensors[name][:4] * (1 + 1e-7 * torch.randn(4, 64))
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    write_checkpoint(model, root / "twins step 3")
+    to_hf(root / "twins step 3", root / "twins export", NO_PROOF)
+    pair = (root / "twins step 3", root / "twins export", ConvertOptions(verify="logits"))
+    told = [verdict(*pair)]
+    Probe.send_to = lambda *_: None  # type: ignore[method-assign]
+    return [*told, verdict(*pair)]
+
+
+def test_tokens_between_two_experts_are_no_difference(root: Path) -> None:
+    ((equal, without),) = run_distributed(with_and_without_replay, 1, root)
+    assert equal == "equal"
+    assert "every tensor and setting is the checkpoint's" in without, "else there was nothing to replay"
