@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from megatron_fipo.platform.checkpoint_reader import read_index
 from megatron_fipo.runtime import checkpoint_store
 from megatron_fipo.runtime.checkpoint_store import read_checkpoint, write_manifest
 from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.exit_codes import TERMINATED
 from megatron_fipo.trainer.convert import to_hf as to_hf_module
 from megatron_fipo.trainer.convert.command import convert
 from megatron_fipo.trainer.convert.options import ConvertOptions
@@ -515,6 +517,21 @@ def test_a_conversion_that_is_killed_leaves_no_folder_but_a_hidden_one(root: Pat
     assert leftovers(tmp_path) == [".export.partial"]
     assert run_distributed(convert_here, 1, "to-hf", root / "run", tmp_path / "export") == [""]
     assert leftovers(tmp_path) == ["export"]
+
+
+def test_a_conversion_that_is_asked_to_end_does_so_on_every_rank(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_asked(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+
+    # The ranks are forked from this process.
+    monkeypatch.setattr(SafetensorsWriter, "write", be_asked)
+    with CliRanks(tmp_path / "ranks", ["convert", "to-hf", root / "run", tmp_path / "export"]) as ranks:
+        assert ranks.wait(60)[0] == [TERMINATED, TERMINATED], ranks.told()
+    assert "the conversion ended on SIGTERM" in ranks.told()
+    assert leftovers(tmp_path) == [".export.partial", "ranks"]
 
 
 def test_a_difference_leaves_no_folder(root: Path, tmp_path: Path) -> None:
