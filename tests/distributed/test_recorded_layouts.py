@@ -107,9 +107,10 @@ def run_updates(configs: list[RunConfig]) -> list[Outcome]:
     outcomes = []
     for config in configs:
         run = build_run(config)
-        micro_batches = distribute_batch(run, assemble_batch(run, 1, None))
+        batch = assemble_batch(run, 1, None)
+        micro_batches = distribute_batch(run, batch)
         compute_old_log_probs(run, micro_batches)
-        results = update_policy(run, 1, micro_batches)
+        results = update_policy(run, 1, micro_batches, batch)
         outcomes.append(
             Outcome(
                 losses=[result.loss for result in results],
