@@ -19,6 +19,7 @@ from megatron_fipo.config.metrics import MetricsConfig, WandbConfig
 from megatron_fipo.metrics.sinks.base import require_library
 from megatron_fipo.metrics.sinks.prometheus import PrometheusSink
 from megatron_fipo.metrics.writer import MetricsWriter, check_sinks, open_sinks
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.run_dir import RunDirectory
 
 STEPS = [
@@ -206,7 +207,7 @@ def test_a_failing_sink_warns_once_and_stops_nothing(directory: RunDirectory, ca
 
 def test_a_run_that_cannot_write_its_own_metrics_stops(directory: RunDirectory) -> None:
     (directory.path / "metrics.jsonl").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(RunError, match=r"metrics.jsonl: cannot be written \(Is a directory\)"):
         MetricsWriter(directory).write({"step": 1})
 
 
