@@ -55,9 +55,10 @@ def test_a_rollout_of_updates(world: None, tmp_path: Path, dtype: str) -> None:
             checkpoint=CheckpointConfig(export_dtype="bfloat16"),
         )
     )
-    micro_batches = distribute_batch(run, assemble_batch(run, 1, None))
+    batch = assemble_batch(run, 1, None)
+    micro_batches = distribute_batch(run, batch)
     compute_old_log_probs(run, micro_batches)
-    results = update_policy(run, 1, micro_batches)
+    results = update_policy(run, 1, micro_batches, batch)
     assert [result.applied for result in results] == [True] * 8
     assert all(math.isfinite(result.loss) and result.grad_norm > 0 for result in results)
     assert results[0].metrics["fipo/fraction_changed"] == 0.0, "the null mini-batch"

@@ -62,10 +62,10 @@ def refuse_model(config: RunConfig, *_: Any) -> Any:
 
 
 def run_refused(root: Path, name: str) -> End:
-    build_actor = build._build_actor
-    build._build_actor = refuse_model
+    build_actor = build.build_actor
+    build.build_actor = refuse_model
     end = run_one(root, name, {"STAND_IN_DELAY_S": "600"}, {})
-    build._build_actor = build_actor
+    build.build_actor = build_actor
     return end
 
 
