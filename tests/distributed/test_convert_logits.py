@@ -117,25 +117,31 @@ ROUTER_MUTANTS: dict[str, tuple[Mutant, list[str]]] = {
     for name, mutant in (("stale router", stale_router), ("permuted router", permuted_router))
 }
 MEMORY = {"whole": None, "layer by layer": 1}
+Case = tuple[str, str, str]
+
+
+def cases(model: str, memory: str) -> list[Case]:
+    names = ["right", *MUTANTS, *(ROUTER_MUTANTS if model == "qwen3_moe" else [])]
+    return [(model, memory, name) for name in names]
+
+
 # Layer by layer of a dense model with tied embeddings, and of one with experts, which transformers stacks.
-PAIRS = [*((model, "whole") for model in MODELS), ("qwen2", "layer by layer"), ("qwen3_moe", "layer by layer")]
-MORE_PAIRS = [("qwen3", "layer by layer"), ("llama", "layer by layer")]
+CASES = [
+    *(case for model in MODELS for case in cases(model, "whole")),
+    *((model, "layer by layer", name) for model in ("qwen2", "qwen3_moe") for name in ("right", "permuted QKV")),
+]
+MORE_CASES = [case for model in MODELS for case in cases(model, "layer by layer") if case not in CASES]
 
 
-def names_for(model: str) -> list[str]:
-    return ["right", *MUTANTS, *(ROUTER_MUTANTS if model == "qwen3_moe" else [])]
-
-
-def judge_all(root: Path, pairs: list[tuple[str, str]]) -> dict[str, str]:
+def judge_all(root: Path, cases: list[Case]) -> dict[Case, str]:
     """What is said of every mutant, and of what is right."""
-    told: dict[str, str] = {}
-    for model, kind in pairs:
-        options = ConvertOptions(verify="logits", memory_bytes=MEMORY[kind])
-        for name in names_for(model):
-            folder = root / "mutant"
-            write_mutant(root, model, name, folder)
-            told[f"{model}, {name}, {kind}"] = verdict(root / f"{model} step 3", folder, options)
-            shutil.rmtree(folder)
+    told: dict[Case, str] = {}
+    for model, memory, name in cases:
+        folder = root / "mutant"
+        write_mutant(root, model, name, folder)
+        options = ConvertOptions(verify="logits", memory_bytes=MEMORY[memory])
+        told[model, memory, name] = verdict(root / f"{model} step 3", folder, options)
+        shutil.rmtree(folder)
     return told
 
 
@@ -159,8 +165,8 @@ def verdict(checkpoint: Path, folder: Path, options: ConvertOptions) -> str:
 
 
 @pytest.fixture(scope="module")
-def verdicts(root: Path) -> dict[str, str]:
-    return run_distributed(judge_all, 1, root, PAIRS)[0]
+def verdicts(root: Path) -> dict[Case, str]:
+    return run_distributed(judge_all, 1, root, CASES)[0]
 
 
 def check(told: str, name: str) -> None:
@@ -174,19 +180,15 @@ def check(told: str, name: str) -> None:
         assert text in told
 
 
-@pytest.mark.parametrize(
-    ("model", "memory", "name"), [(model, memory, name) for model, memory in PAIRS for name in names_for(model)]
-)
-def test_mutants_are_caught_by_their_logits_alone(verdicts: dict[str, str], model: str, memory: str, name: str) -> None:
-    check(verdicts[f"{model}, {name}, {memory}"], name)
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
+def test_mutants_are_caught_by_their_logits_alone(verdicts: dict[Case, str], case: Case) -> None:
+    check(verdicts[case], case[2])
 
 
 @pytest.mark.exhaustive
-def test_mutants_of_other_models_layer_by_layer(root: Path) -> None:
-    told = run_distributed(judge_all, 1, root, MORE_PAIRS)[0]
-    for model, memory in MORE_PAIRS:
-        for name in names_for(model):
-            check(told[f"{model}, {name}, {memory}"], name)
+def test_all_mutants_layer_by_layer(root: Path) -> None:
+    for (_, _, name), told in run_distributed(judge_all, 1, root, MORE_CASES)[0].items():
+        check(told, name)
 
 
 def on_two_ranks(root: Path) -> list[str]:
