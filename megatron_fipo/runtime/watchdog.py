@@ -39,6 +39,7 @@ WRITE_S = 20.0
 """How long the report may take to be written: the file system may be what hangs."""
 _SECOND_AFTER_S = 1.0
 _PARTING_S = 2.0
+_ENDING_S = 60.0
 _LONG_PHASES = frozenset({START_UP, "rollout", "evaluation", "export"})
 
 
@@ -93,10 +94,11 @@ class Watchdog:
         self._resources = ExitStack()
         self._hub = Hub(self._hear_peer, self._lose_peer)
         self._line = Line(self._hear_hub, self._lose_hub)
-        self._hub_has_left = self._has_joined = self._is_ending = False
+        self._hub_has_left = self._hub_is_gone = self._has_joined = self._is_ending = False
         self._first_signal_at = self._asked_at = self._hub_heard_at = self._own_changed_at = 0.0
         self._own_changes = -1
         self._gone: list[Peer] = []
+        self._signals: socket.socket | None = None
         self._watching: asyncio.Task[None] | None = None
 
     @property
@@ -118,6 +120,8 @@ class Watchdog:
             if self._has_joined:
                 # Where another rank is gone, this process ends here: its own error is an echo, and its text misleads.
                 time.sleep(ECHO_S)
+                if self._is_ending or self._gone or self._hub_is_gone:
+                    time.sleep(_ENDING_S)
         self._run(self._part(failure))
         self._resources.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -144,12 +148,16 @@ class Watchdog:
 
     async def _begin(self, signals: socket.socket | None) -> None:
         self._own_changed_at = self._loop.time()
+        self._signals = signals
         if signals is not None:
             self._loop.add_reader(signals, self._take_signals, signals)
         self._watching = asyncio.ensure_future(self._watch())
 
     async def _part(self, failure: str) -> None:
         """Leave the others in good order, or with word of a failure."""
+        if self._signals is not None:
+            # It is closed before the loop is.
+            self._loop.remove_reader(self._signals)
         own = f"rank {self._settings.rank} ({socket.gethostname()}, process {os.getpid()})"
         text = f"{own} failed: {failure}"
         if self._is_main:
@@ -258,6 +266,7 @@ class Watchdog:
 
     def _lose_hub(self) -> None:
         if not self._hub_has_left and not self._is_ending:
+            self._hub_is_gone = True
             text = f"{self._settings.name} stopped: {self._line.hub_name} died without a word"
             self._loop.call_later(DEATH_GRACE_S, self._begin_end, None, text)
 

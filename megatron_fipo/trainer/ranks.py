@@ -75,6 +75,13 @@ def do_on_ranks(work: RankWork) -> int:
     except StopRequested as reason:
         text = f"{work.name} ended on {reason}; the same command goes on with it"
         return _told(rank, text, work.stop_statuses.get(str(reason), GO_ON))
+    except ConfigError:
+        raise
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        # At an ordinary end PyTorch would wait for the other ranks, or abort.
+        os._exit(FAILED)
     return DONE
 
 

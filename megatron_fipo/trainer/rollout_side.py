@@ -40,6 +40,7 @@ class RolloutSide(Protocol):
 
         Raises:
             RunError: Nothing has them; raised on every rank.
+            StopRequested: The run was asked to end before there was anything to take them in; raised on every rank.
         """
         ...
 

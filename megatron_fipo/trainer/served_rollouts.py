@@ -45,7 +45,8 @@ class ServedRollouts:
     def sync(self, policy_version: int) -> dict[str, float]:
         """Stop the servers where they are, send them the weights, and let them go on."""
         started = time.perf_counter()
-        servers = self._pause()
+        # At first it waits until there are servers.
+        servers = self._pause(may_stop=True)
         self._count("perf/weight_sync_pause_s", time.perf_counter() - started)
         if self.colocation is not None and self._weights < 0:
             # Until now servers that have just started had all the memory.
@@ -84,9 +85,9 @@ class ServedRollouts:
             self.colocation.to_trainer(self._pause())
             self.policy_version = -1
 
-    def _pause(self) -> list[ServerAddress]:
+    def _pause(self, may_stop: bool = False) -> list[ServerAddress]:
         """Stop the servers; they stay so until the next sync."""
-        servers, _ = self.calls.ask("pause", {})
+        servers, _ = self.calls.ask("pause", {}, may_stop=may_stop)
         return [ServerAddress(**each) for each in broadcast_json(servers, 0)]
 
     def _push_again(self, servers: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """Real runs that are asked to end: the step under way is finished or given up, and all ranks end with one status."""
 
+import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,11 @@ from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.exit_codes import GO_ON, INTERRUPTED, TERMINATED
 from tests.cli_ranks import BUILDING, CliRanks
 from tests.integration.small_runs import prompts, read_lines, small_run, without_times, write_inputs
+from tests.marked_processes import MARK, left_after
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
+STAND_IN = Path(__file__).parents[1] / "stand_in_sglang"
 TWO = {"max_tokens_per_micro_batch": 64, "context_parallel_size": 2}
 BOUND_S = 10.0
 
@@ -171,3 +176,27 @@ def test_an_evaluation_ends_at_once(number: signal.Signals, status: int, root: P
         assert statuses == [status]
         assert seconds < 4.0
         assert ranks.last_line() == f"megatron-fipo: the evaluation ended on {number.name}; there was nothing to save"
+
+
+def test_servers_end_with_a_run_that_is_stopped_while_they_start(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in takes SGLang's place, which does not become ready."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("STAND_IN_DELAY_S", "600")
+    monkeypatch.setenv(MARK, str(tmp_path))
+    config = endless(root, "served", rollout={"engine": "sglang"})
+    with CliRanks(tmp_path, train(config), hold_at=BUILDING) as ranks:
+        wait_until(lambda: any((config.output_dir / "servers").glob("server0.life1.log")))
+        ranks.send(signal.SIGTERM, 1)
+        statuses, seconds = ranks.wait(60.0)
+        assert statuses == [GO_ON, GO_ON]
+        assert seconds < BOUND_S
+        assert left_after(str(tmp_path), 30.0) == []
+
+
+def wait_until(happens: Callable[[], bool], patience_s: float = 120.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
