@@ -1,10 +1,11 @@
 """Folders that are there whole or not at all."""
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
 
-from megatron_fipo.config.base import require
+from megatron_fipo.config.base import ConfigError, require
 
 
 class WholeFolder:
@@ -18,6 +19,7 @@ class WholeFolder:
     def __init__(self, target: Path, field: str) -> None:
         self.target, self.field = target, field
         self.partial = target.with_name(f".{target.name}.partial")
+        self._handle: int | None = None
 
     def begin(self, num_bytes: int) -> None:
         """Make the hidden folder; what an interrupted attempt left there is removed.
@@ -26,7 +28,8 @@ class WholeFolder:
             num_bytes: Space that its files will take.
 
         Raises:
-            ConfigError: The target is taken, its parent may not be written to, or there is not so much space.
+            ConfigError: The target is taken, another process writes it, its parent may not be written to, or there is
+                not so much space.
             OSError: The disk refuses for another reason.
         """
         taken = self.target.is_symlink() or self.target.exists()
@@ -48,6 +51,7 @@ class WholeFolder:
             way_out="choose another folder or mend its permissions",
         )
         if self.partial.exists():
+            self._hold()
             shutil.rmtree(self.partial)
         free = shutil.disk_usage(nearest).free
         require(
@@ -58,6 +62,32 @@ class WholeFolder:
             way_out="free some space, or choose a folder on another disk",
         )
         self.partial.mkdir(parents=True)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Lock the hidden folder, as long as this process lives, so that nobody else takes it for a remnant."""
+        self._let_go()
+        handle = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ConfigError(
+                field=self.field,
+                value=str(self.target),
+                rule=f"is being written by another process, into {self.partial}",
+                way_out="wait for its end, or choose another folder",
+            ) from error
+        except OSError:
+            # Some file systems have no locks.
+            os.close(handle)
+            return
+        self._handle = handle
+
+    def _let_go(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
     def commit(self) -> None:
         """Give the folder its name; what was written is on disk.
@@ -69,10 +99,12 @@ class WholeFolder:
             _sync(path)
         self.partial.rename(self.target)
         _sync(self.target.absolute().parent)
+        self._let_go()
 
     def abandon(self) -> None:
-        """Remove what was written; a disk that refuses leaves it to the next attempt."""
+        """Remove what was written since `begin`; a disk that refuses leaves it to the next attempt."""
         shutil.rmtree(self.partial, ignore_errors=True)
+        self._let_go()
 
 
 def _sync(path: Path) -> None:

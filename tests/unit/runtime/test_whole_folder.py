@@ -33,3 +33,13 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"OUT = .*out: needs 931322574.62 GiB, and .* are free there; free some"):
         WholeFolder(tmp_path / "out", "OUT").begin(10**18)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
+    folder, other = (WholeFolder(tmp_path / "out", "OUT") for _ in range(2))
+    folder.begin(0)
+    (folder.partial / "file").touch()
+    with pytest.raises(ConfigError, match=r"OUT = .*out: is being written by another process, into .*\.out\.partial"):
+        other.begin(0)
+    folder.commit()
+    assert (folder.target / "file").exists()
