@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 from megatron_fipo.actor.checkpoint import ActorCheckpoint
 from megatron_fipo.actor.model import unwrap
+from megatron_fipo.platform.checkpoint_reader import read_index
 from megatron_fipo.trainer.checkpointing import ACTOR_FOLDER
+from megatron_fipo.trainer.convert import to_megatron as to_megatron_module
 from megatron_fipo.trainer.convert.options import ConvertOptions
 from megatron_fipo.trainer.convert.to_hf import to_hf
 from megatron_fipo.trainer.convert.to_megatron import to_megatron
@@ -158,3 +160,19 @@ def test_every_bit_comes_back_for_every_model_grid_and_precision(root: Path) -> 
     ]
     faults = round_all(root, cases)
     assert len(faults) == len(cases) and not any(faults.values()), faults
+
+
+def through_other_names(root: Path) -> list[str]:
+    """As where Transformer Engine is: the norm before experts has a name of its own."""
+    here = root / "other names"
+    to_megatron_module.uses_transformer_engine = lambda: True
+    to_megatron(root / "qwen3_moe", here / "checkpoint", OPTIONS)
+    to_hf(here / "checkpoint", here / "hf", OPTIONS)
+    return list(read_index(here / "checkpoint" / ACTOR_FOLDER).state_dict_metadata)
+
+
+def test_transformer_engines_names_are_read_and_written(root: Path) -> None:
+    (names,) = run_distributed(through_other_names, 1, root)
+    assert "decoder.layers.1.pre_mlp_layernorm.weight" in names
+    assert not any("linear_fc1.layer_norm" in name for name in names)
+    assert folder_bytes(root / "other names" / "hf") == folder_bytes(root / "qwen3_moe")
