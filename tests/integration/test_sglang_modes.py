@@ -141,12 +141,12 @@ class NotesMemory:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._calls, name)
 
-    def ask(self, action: str, *arguments: Any) -> Any:
+    def ask(self, action: str, *arguments: Any, **options: Any) -> Any:
         if action == "next_rollout":
             self._held.append(bytes_on_device(self._memory))
             if self._calls.link is not None and len(self._held) == self._killed_at:
                 signal_all(server_lives(self._calls.link.process.pid)["server0"], signal.SIGKILL)
-        return self._calls.ask(action, *arguments)
+        return self._calls.ask(action, *arguments, **options)
 
 
 def bytes_on_device(memory: ActorMemory) -> int:
