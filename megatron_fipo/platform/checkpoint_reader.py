@@ -137,7 +137,7 @@ class CheckpointReader(FileSystemReader):
                 super().read_data(dataclasses.replace(plan, items=own), planner)
             except (OSError, *_DAMAGE) as error:
                 raise CheckpointError(
-                    f"{self.folder / name} holds a tensor that cannot be read ({error}); nothing in it was run"
+                    f"{self.folder / name} holds a tensor that cannot be read ({_reason(error)}); nothing in it was run"
                 ) from error
         done: Future[None] = Future()
         done.set_result(None)
@@ -176,6 +176,11 @@ class CheckpointReader(FileSystemReader):
                 raise ValueError(f"{name} has another shape or type than the index says")
         except (OSError, *_DAMAGE) as error:
             raise CheckpointError(
-                f"{path} holds a tensor that cannot be read ({error}); nothing in it was run"
+                f"{path} holds a tensor that cannot be read ({_reason(error)}); nothing in it was run"
             ) from error
         return piece
+
+
+def _reason(error: Exception) -> str:
+    """What PyTorch says in many lines, in one."""
+    return " ".join(str(error).split())

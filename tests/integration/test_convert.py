@@ -47,7 +47,7 @@ BYTES = ConvertOptions(verify="bytes")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inputs, and a run with a checkpoint of each step."""
+    """Inputs, and a run with a checkpoint of each step, whose two ranks share the optimizer, and so the tensors."""
     root = write_inputs(tmp_path_factory.mktemp("convert"))
     config = small_run(
         root,
@@ -57,8 +57,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation={"num_prompts": 4, "every_steps": 1},
         checkpoint={"every_steps": 1, "keep_last": STEPS, "export_dtype": "float32"},
     )
-    ((ended,),) = run_distributed(run_in_turn, 1, [config])
-    assert ended.error == ()
+    for (ended,) in run_distributed(run_in_turn, 2, [config]):
+        assert ended.error == ()
+    index = read_index(root / "run" / "checkpoints" / f"step_{STEPS}" / "actor").state_dict_metadata
+    assert any(len(told.chunks) > 1 for name, told in index.items() if not name.startswith("optimizer"))
     return root
 
 
@@ -245,16 +247,13 @@ def with_code_in_the_index(checkpoint: Path) -> None:
 
 
 def with_code_in_a_tensor(checkpoint: Path) -> None:
-    """The archive of the first tensor with another pickle in it, as long as before."""
+    """An archive that PyTorch would read whole, in the place of a tensor's."""
     index = read_index(checkpoint / "actor")
-    place = next(stored for key, stored in index.storage_data.items() if "word_embeddings" in key.fqn)
-    evil = tempfile.TemporaryFile()
-    torch.save(Exploit(), evil)
-    evil.seek(0)
-    with (checkpoint / "actor" / place.relative_path).open("r+b") as file:
-        file.seek(place.offset + place.length - evil.seek(0, os.SEEK_END))
-        evil.seek(0)
-        file.write(evil.read())
+    key = next(key for key in index.storage_data if "word_embeddings" in key.fqn)
+    torch.save(Exploit(), checkpoint / "actor" / "other")
+    length = (checkpoint / "actor" / "other").stat().st_size
+    index.storage_data[key] = replace(index.storage_data[key], relative_path="other", offset=0, length=length)
+    (checkpoint / "actor" / ".metadata").write_bytes(pickle.dumps(index))
     sealed_again(checkpoint)
 
 
@@ -292,7 +291,10 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "GPT-2": (of_no_known_architecture, "ConfigError: config.json = GPT2LMHeadModel: is no architecture that is conv"),
     "own code": (with_code, "ConfigError: model.path = {bad}/model: asks for code of its own to be run (auto_map in"),
     "code in the index": (with_code_in_the_index, "CheckpointError: {bad}/actor/.metadata asks for posix.system, whi"),
-    "code in a tensor": (with_code_in_a_tensor, "CheckpointError: {bad}/actor/__0_0.distcp holds a tensor that can"),
+    "code in a tensor": (
+        with_code_in_a_tensor,
+        "CheckpointError: {bad}/actor/other holds a tensor that cannot be read",
+    ),
 }
 
 
