@@ -8,7 +8,7 @@ Memory is a process's peak of anonymous and shared memory (RssAnon + RssShmem, r
 (VmHWM), which the kernel keeps and which has mapped library files in it. Neither has the page cache of files that are
 read or written, since these are not mapped.
 
-Needs room for four times the model. Everything is written under --folder and removed.
+Needs room for three times the model. Everything is written under --folder and removed.
 
     python tools/benchmark_convert.py [--shape qwen2.5-7b] [--layers N] [--rounds 2] [--max-file-gib 5] --folder FOLDER
 """
@@ -201,9 +201,10 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
         print(name, _row([each], num_bytes), flush=True)
 
     for _ in range(arguments.rounds):
-        with removed(exported, back, copied):
+        with removed(exported, back):
             note("to-hf", convert("to-hf", checkpoint, exported, *size, "--verify", "nothing", "--trust-checkpoint"))
-            note("cp", copy(checkpoint, copied))
+            with removed(copied):
+                note("cp", copy(checkpoint, copied))
             note("to-megatron", convert("to-megatron", exported, back, *size, "--verify", "nothing"))
     with removed(exported):
         note("to-hf, hashes of both compared", convert("to-hf", checkpoint, exported, *size, "--verify", "bytes"))

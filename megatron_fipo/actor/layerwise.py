@@ -81,6 +81,11 @@ class LayerwiseActor:
         for name, part in parts.items():
             part.register_forward_hook(lambda _, __, output, name=name: observer(name, first_of(output)))
 
+    def close(self) -> None:
+        """Let go of all weights; they are read again where they are needed."""
+        for (owner, name), absent in self._absent.items():
+            setattr(owner, name, absent)
+
     def _add_hooks(self) -> None:
         decoder = self.chunk.decoder
         for part in (self.chunk.embedding, *decoder.layers):

@@ -1,6 +1,5 @@
 """A Hugging Face folder run by transformers, in the memory that there is."""
 
-import gc
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,9 +70,9 @@ class TransformersRun:
             with torch.no_grad():
                 inputs = [torch.tensor([ids], device=device) for ids in sequences]
                 logits = [model(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in inputs]
-            # Modules with hooks refer to themselves, so that they would stay until the collector comes by itself.
-            del model
-            gc.collect()
+            if not place:
+                # Modules may refer to each other, and would keep their weights until the collector comes.
+                model.to("meta")
         if outputs is not None:
             outputs.update({name: torch.cat(mine) for name, mine in parts.items()})
         return logits

@@ -8,7 +8,6 @@ then have other logits. So the checkpoint's model sends tokens where transformer
 router's, and so a router that is another one is seen.
 """
 
-import gc
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,9 +153,7 @@ class _Comparison:
         if dtype == torch.float32:
             actor.observe(observe)
         logits = [each.cpu() for each in probe.logits(actor.forward)]
-        # Its hooks refer to it, so that it would stay until the collector comes by itself.
-        del actor
-        gc.collect()
+        actor.close()
         return logits, parted[0] if parted else ""
 
     def _read(self, name: str) -> Tensor:
