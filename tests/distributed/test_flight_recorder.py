@@ -16,8 +16,10 @@ pytestmark = pytest.mark.distributed
 def told_once_over(num_over: int) -> list[dict[str, Any]]:
     """What is told once so many groups' calls are over, which the recorder learns a moment later."""
     deadline = time.monotonic() + 10.0
-    while sum(each["is_over"] for each in (told := last_collectives())) < num_over and time.monotonic() < deadline:
+    told = last_collectives()
+    while sum(each["is_over"] for each in told) < num_over and time.monotonic() < deadline:
         time.sleep(0.01)
+        told = last_collectives()
     return told
 
 
