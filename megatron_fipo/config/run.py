@@ -130,6 +130,14 @@ class RunConfig:
             rule='must not be "distributed" with rollout.colocated: NCCL takes no two ranks on one GPU',
             way_out='leave it at "auto"',
         )
+        longest_start = self.rollout.sglang.start_timeout_s if self.rollout.engine == "sglang" else 0.0
+        require(
+            not self.watchdog.longest_s or self.watchdog.longest_s > longest_start,
+            field="watchdog.long_stall_after_s",
+            value=self.watchdog.long_stall_after_s,
+            rule=f"must exceed rollout.sglang.start_timeout_s = {longest_start:g}: servers that start are no hang",
+            way_out="raise it, or lower the other",
+        )
         if not recorded:
             self.reward.check_response_limit(self.rollout.max_response_tokens)
         if self.data is None:

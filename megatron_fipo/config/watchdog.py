@@ -18,14 +18,15 @@ class WatchdogConfig:
     """Seconds without progress on any rank, or without a sign of life from one, after which the run counts as hung: it
     writes what every rank does to `logs/stall_….txt` and ends, to go on from its last checkpoint. 0 waits for ever."""
 
-    long_stall_after_s: float = 1800.0
-    """The same during start-up, generation, evaluation and export, where one piece of work may take long: progress
-    there is a response, or a token of the embedded engine."""
+    long_stall_after_s: float = 2400.0
+    """The same during start-up, generation, evaluation, weight sync, checkpoints and export, where one piece of work
+    may take long: a server's start, the first response, a large file. More than rollout.sglang.start_timeout_s. 0 waits
+    for ever there."""
 
     @property
     def longest_s(self) -> float:
-        """Seconds after which it ends a run that hangs, wherever it hangs; 0 where it waits for ever."""
-        return max(self.stall_after_s, self.long_stall_after_s) if self.stall_after_s else 0.0
+        """Seconds after which it ends a run that hangs, wherever it hangs; 0 where it may wait for ever."""
+        return self.long_stall_after_s if self.stall_after_s else 0.0
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -40,7 +40,7 @@ WRITE_S = 20.0
 _SECOND_AFTER_S = 1.0
 _PARTING_S = 2.0
 _ENDING_S = 60.0
-_LONG_PHASES = frozenset({START_UP, "rollout", "evaluation", "export"})
+_LONG_PHASES = frozenset({START_UP, "rollout", "evaluation", "weight_sync", "checkpoint", "export"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

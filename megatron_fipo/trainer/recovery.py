@@ -107,13 +107,14 @@ def save_now(run: Run) -> None:
         CheckpointError: It cannot be written, and `checkpoint.on_failure` is "stop".
     """
     own = run.checkpointer
-    if own.config.every_steps and run.finished_steps not in (0, own.saved_step):
-        if not own.has_begun(run.finished_steps):
-            if run.rollout is not None:
-                run.rollout.yield_devices()
-            own.begin(run.finished_steps)
-        complete_checkpoint(run)
-    own.finish()
+    with run.timer.phase("checkpoint"):
+        if own.config.every_steps and run.finished_steps not in (0, own.saved_step):
+            if not own.has_begun(run.finished_steps):
+                if run.rollout is not None:
+                    run.rollout.yield_devices()
+                own.begin(run.finished_steps)
+            complete_checkpoint(run)
+        own.finish()
 
 
 def _write_files(run: Run, folder: Path) -> None:
