@@ -19,6 +19,7 @@ from megatron_fipo.runtime.messages import LENGTH_BYTES, body_length, decode_bod
 # A node that is gone closes nothing; a stopped process's node still acknowledges.
 _UNANSWERED_MS = 30_000
 _HELLO_S = 30.0
+_CLOSE_S = 1.0
 _MOST_HELLO_BYTES = 4096
 
 
@@ -69,6 +70,7 @@ class Hub:
         self._hear, self._lose = hear, lose
         self._token = secrets.token_hex(16)
         self._server: asyncio.Server | None = None
+        self._serving: set[asyncio.Task[Any]] = set()
         self.peers: dict[int, Peer] = {}
 
     async def open(self, host: str) -> dict[str, Any]:
@@ -97,6 +99,8 @@ class Hub:
             self._server.close()
         for peer in self.peers.values():
             peer.writer.close()
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=_CLOSE_S)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -117,10 +121,14 @@ class Hub:
             changed_at=now,
         )
         self.peers[peer.rank] = peer
+        task = asyncio.current_task()
+        assert task is not None, "streams run it as one"
+        self._serving.add(task)
         with suppress(OSError, EOFError):
             while True:
                 self._hear(peer, await read_message(reader))
         writer.close()
+        self._serving.discard(task)
         self._lose(peer)
 
 

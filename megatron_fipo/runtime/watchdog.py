@@ -99,7 +99,6 @@ class Watchdog:
         self._own_changes = -1
         self._gone: list[Peer] = []
         self._signals: socket.socket | None = None
-        self._watching: asyncio.Task[None] | None = None
 
     @property
     def _is_main(self) -> bool:
@@ -166,10 +165,8 @@ class Watchdog:
         else:
             self._line.send({"failed": text} if failure else {"leaves": True})
             await self._line.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        self._watching.cancel()
+        await asyncio.wait([self._watching])
 
     # Signals.
 
