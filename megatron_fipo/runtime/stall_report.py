@@ -70,24 +70,28 @@ def suspects(ranks: Sequence[RankState]) -> list[str]:
 
 
 def _behind_in_collectives(ranks: Sequence[RankState]) -> list[str]:
+    """Ranks that did not come to a collective in which others are; those that wait elsewhere only hand a wait on."""
     groups: dict[str, dict[int, Mapping[str, Any]]] = {}
     for each in ranks:
         for collective in each.collectives:
             # Stages of a pipeline send unlike numbers of messages.
-            if collective["is_p2p"]:
-                continue
-            groups.setdefault(collective["group"], {})[each.rank] = collective
-    names, found = {each.rank: each.name for each in ranks}, []
+            if not collective["is_p2p"]:
+                groups.setdefault(collective["group"], {})[each.rank] = collective
+    names = {each.rank: each.name for each in ranks}
+    waiting = {rank for members in groups.values() for rank, each in members.items() if not each["is_over"]}
+    first: list[str] = []
+    handed_on: list[str] = []
     for group, members in groups.items():
         newest = max(members.values(), key=lambda each: each["number"])
         behind = [rank for rank, each in members.items() if each["number"] < newest["number"]]
-        waiting = [rank for rank, each in members.items() if each["number"] == newest["number"] and not each["is_over"]]
-        if behind and waiting:
-            found.append(
-                f"{_listed([names[rank] for rank in behind])} did not come to {newest['what']} number "
-                f"{newest['number']} of group {group}, awaited by {_listed([f'rank {rank}' for rank in waiting])}"
-            )
-    return found
+        there = [rank for rank, each in members.items() if each["number"] == newest["number"] and not each["is_over"]]
+        for some, found in ((set(behind) - waiting, first), (set(behind) & waiting, handed_on)):
+            if some and there:
+                found.append(
+                    f"{_listed([names[rank] for rank in sorted(some)])} did not come to {newest['what']} number "
+                    f"{newest['number']} of group {group}, awaited by {_listed([f'rank {rank}' for rank in there])}"
+                )
+    return first or handed_on
 
 
 def _behind_in_phases(ranks: Sequence[RankState]) -> list[str]:

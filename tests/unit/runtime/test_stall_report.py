@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 from megatron_fipo.runtime.stall_report import RankState, python_stacks, report, summary, suspects
@@ -31,6 +32,17 @@ def test_the_rank_that_did_not_come_to_a_collective_is_named() -> None:
     assert suspects([rank(0), rank(1, collective=6, is_over=True), rank(2)]) == [
         "rank 1 (node0, process 101) did not come to nccl:all_reduce number 7 of group 5 TP, awaited by rank 0 and "
         "rank 2"
+    ]
+
+
+def test_a_rank_that_waits_itself_is_not_the_one() -> None:
+    """Rank 0 waits for rank 1 in one group, which waits for rank 2 in another."""
+    other = {"group": "6 CP", "what": "nccl:all_gather", "number": 3, "sizes": [[9]], "is_over": False, "is_p2p": False}
+    before = other | {"number": 2, "is_over": True}
+    behind = rank(1, collective=6, is_over=True)
+    ranks = [rank(0), replace(behind, collectives=[*behind.collectives, other]), rank(2, collectives=[before])]
+    assert suspects(ranks) == [
+        "rank 2 (node1, process 102) did not come to nccl:all_gather number 3 of group 6 CP, awaited by rank 1"
     ]
 
 
