@@ -56,20 +56,21 @@ class StopRequest:
     async def or_work[T](self, work: Coroutine[Any, Any, T]) -> T:
         """Do something, and break it off where a stop is asked for.
 
+        What is done already has its result, which is given although a stop was asked for: the caller would take it for
+        not done.
+
         Raises:
-            StopRequested: One was; the work has been cancelled, or its result came with the request.
+            StopRequested: One was, and the work has been cancelled.
         """
         loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
         loop.add_reader(self._event, task.cancel)
         try:
-            result = await task
+            return await task
         except asyncio.CancelledError:
             self.raise_if_asked()
             raise
         finally:
             loop.remove_reader(self._event)
-        self.raise_if_asked()
-        return result
 
     @contextmanager
     def nothing_to_save(self) -> Iterator[None]:
