@@ -1,4 +1,4 @@
-"""What becomes of work while which a stop is asked for."""
+"""What becomes of work during which a stop is asked for."""
 
 import asyncio
 
