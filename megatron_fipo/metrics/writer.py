@@ -34,7 +34,7 @@ def check_sinks(config: MetricsConfig) -> None:
 
 
 def open_sinks(
-    config: MetricsConfig, directory: Path, run_config: Mapping[str, Any], finished_steps: int = 0
+    config: MetricsConfig, directory: Path, run_config: Mapping[str, Any], first_step: int = 0
 ) -> list[MetricSink]:
     """Open the configured sinks.
 
@@ -42,7 +42,7 @@ def open_sinks(
         config: Which.
         directory: The run directory.
         run_config: The resolved configuration, as plain values.
-        finished_steps: Steps whose metrics stay; later ones, of a run that goes on from before them, come again.
+        first_step: The first step whose metrics come; those of a run that went further before come again.
 
     Raises:
         ConfigError: A sink cannot be opened.
@@ -50,7 +50,7 @@ def open_sinks(
     sinks: list[MetricSink] = []
     try:
         if config.tensorboard:
-            sinks.append(TensorBoardSink(directory / "tensorboard", finished_steps))
+            sinks.append(TensorBoardSink(directory / "tensorboard", first_step))
         if config.prometheus_port is not None:
             sinks.append(PrometheusSink(config.prometheus_port, directory))
         if config.wandb.mode != "off":

@@ -20,7 +20,7 @@ from megatron_fipo.rollout.batch_recipe import BatchRecipe, CollectedGroups
 from megatron_fipo.rollout.controller_state import ControllerState, read_controller_state, write_controller_state
 from megatron_fipo.rollout.dispatch import Dispatcher
 from megatron_fipo.rollout.engine import RolloutEngine, SamplingParameters, ServedEngine
-from megatron_fipo.rollout.journal import JournalEntry, journal_path, write_journal
+from megatron_fipo.rollout.journal import JournalEntry, forget_journal, journal_path, write_journal
 from megatron_fipo.rollout.ledger import Ledger
 from megatron_fipo.rollout.replay import JournalReplay
 from megatron_fipo.rollout.sample_records import sample_records
@@ -29,6 +29,7 @@ from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.rollout.served import ServedSource
 from megatron_fipo.rollout.staleness import staleness_metrics
 from megatron_fipo.rollout.waves import WaveSource
+from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.types import Prompt, RolloutGroup, TrainBatch
 
@@ -240,10 +241,12 @@ class RolloutController:
         if self._journalling is not None:
             # A batch that was being handed over when it was given up: its groups are in the journal, or nowhere.
             await asyncio.wait([self._journalling])
+            if (problem := self._journalling.exception()) is not None:
+                raise CheckpointError(f"the groups of the batch before are nowhere: {problem}")
         state = self.state()
         await asyncio.to_thread(write_controller_state, state, path)
 
-    def restore(self, step: int, path: Path | None) -> None:
+    def restore(self, step: int, path: Path | None, anew: bool = False) -> None:
         """Go on where another controller stood, before anything is asked of this one.
 
         Batches of later steps that a served engine had journalled are used before new ones are generated.
@@ -251,12 +254,17 @@ class RolloutController:
         Args:
             step: Steps that were finished then.
             path: What `save` wrote then; None where nothing was done.
+            anew: Whether what had been generated for later steps is of no use, because the configuration is another.
 
         Raises:
             CheckpointError: The file is damaged.
             ConfigError: The prompts are others, or in another order.
         """
         state = self.state() if path is None else read_controller_state(path)
+        if anew:
+            state = state.begun_anew()
+            if self.recipe is not None and self.recipe.journal is not None:
+                forget_journal(self.recipe.journal, first=step + 1)
         if self._waves is not None:
             self._waves.restore(state)
             return

@@ -5,7 +5,7 @@ last paused, or begins anew.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class ControllerState:
         settled: What became of prompts since the last batch.
         open_draws: Prompts that are in no batch yet. Of an engine that decodes in waves, the surplus.
         returned: Prompts that will be drawn again before the stream's.
+        period: What has been counted since the last batch, by field of `Period`; None where nothing has.
     """
 
     stream_state: Mapping[str, Any]
@@ -52,6 +53,14 @@ class ControllerState:
     settled: Sequence[Settled] = ()
     open_draws: Sequence[OpenDraw] = ()
     returned: Sequence[Prompt] = ()
+    period: Mapping[str, Any] | None = None
+
+    def begun_anew(self) -> "ControllerState":
+        """The state without what had been generated: under another configuration its prompts are answered anew."""
+        draws = [
+            OpenDraw(draw.number, RolloutGroup(prompt=draw.group.prompt, samples=[]), False) for draw in self.open_draws
+        ]
+        return replace(self, open_draws=draws, period=None)
 
     def after(self, entry: JournalEntry) -> "ControllerState":
         """The state after a later batch, which was used again from the journal.
@@ -82,6 +91,7 @@ def write_controller_state(state: ControllerState, path: Path) -> None:
         "stream_state": dict(state.stream_state),
         "num_drawn": state.num_drawn,
         "settled": [asdict(each) for each in state.settled],
+        "period": state.period,
         "open_draws": [{"number": draw.number, "is_finished": draw.is_finished} for draw in state.open_draws],
     }
     groups = [draw.group for draw in state.open_draws]
@@ -110,4 +120,5 @@ def _state(archive: Archive) -> ControllerState:
         settled=[Settled(**each) for each in told["settled"]],
         open_draws=draws,
         returned=archive.prompts,
+        period=told["period"],
     )

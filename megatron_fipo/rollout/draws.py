@@ -3,6 +3,7 @@
 import asyncio
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megatron_fipo.rollout.admission import oldest_version
 from megatron_fipo.rollout.engine import GenerationResult
@@ -78,6 +79,16 @@ class Period:
     num_tokens: int = 0
     rewards: list[float] = field(default_factory=list)
     without_signal: list[FinishedDraw] = field(default_factory=list)
+
+    def counts(self) -> dict[str, Any]:
+        """All of it but the groups, as plain JSON values."""
+        return {
+            "first_number": self.first_number,
+            "first_round": self.first_round,
+            "num_generated": self.num_generated,
+            "num_tokens": self.num_tokens,
+            "rewards": list(self.rewards),
+        }
 
 
 def is_scored(sample: Sample) -> bool:

@@ -167,8 +167,9 @@ def _sample(prompt: Prompt, described: Mapping[str, Any], values: Mapping[str, A
 
 
 def _narrow(experts: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Numbers of experts, in one byte each where that is enough."""
-    return experts.astype(np.uint8) if experts.size and experts.max() <= np.iinfo(np.uint8).max else experts
+    """Numbers of experts, in one byte each where that is enough; -1 stands for one that nobody told."""
+    is_enough = experts.size and experts.min() >= 0 and experts.max() <= np.iinfo(np.uint8).max
+    return experts.astype(np.uint8) if is_enough else experts
 
 
 def _experts_name(place: int) -> str:

@@ -95,7 +95,7 @@ class ServedSource:
         self._awaited = True
         self._time.await_batch()
         self._tell_progress(begin=True)
-        if self._config.policy_lag == 0:
+        if self._config.policy_lag == 0 and not self._period.num_generated:
             self._period.first_round = self._round_of(self._config.num_prompts_per_step - len(self._ready))
         try:
             while not self._is_full(policy_version):
@@ -196,7 +196,7 @@ class ServedSource:
         return self._config.max_generation_rounds * first + self._round_of(later)
 
     def _is_exhausted(self) -> bool:
-        return not self._under_way and self._period.num_generated >= self._budget
+        return not self._unfinished() and self._period.num_generated >= self._budget
 
     def _is_full(self, policy_version: int) -> bool:
         """Whether the batch can be taken: there are enough groups, and no more is cut than over-sampling has added."""
@@ -225,19 +225,22 @@ class ServedSource:
     def _draw(self, stream: PromptStream) -> None:
         config = self._config
         wanted = config.num_prompts_per_step * (config.policy_lag + self._awaited) - len(self._ready)
-        allowed = min(self._round_of(wanted), self._budget - self._period.num_generated)
-        while self._failure is None and len(self._under_way) < allowed:
+        while self._failure is None and len(self._under_way) < self._round_of(wanted):
             try:
                 draw = self._next_draw(stream)
             except EndOfPrompts as end:
                 self._end = end
                 break
+            if draw is None:
+                break
             self._under_way[draw.number] = draw
             draw.task = asyncio.create_task(self._run(draw))
 
-    def _next_draw(self, stream: PromptStream) -> Draw:
+    def _next_draw(self, stream: PromptStream) -> Draw | None:
         if self._to_go_on:
             return self._to_go_on.pop(min(self._to_go_on))
+        if len(self._under_way) >= self._budget - self._period.num_generated:
+            return None
         prompt = self._returned.popleft() if self._returned else stream.next(1)[0]
         return Draw(self.ledger.draw(prompt), prompt)
 
@@ -295,11 +298,16 @@ class ServedSource:
         self._dispatcher.poke()
 
     def _take_in(self, finished: FinishedDraw) -> None:
-        assert self._recipe is not None
         group, period = finished.group, self._period
         period.num_generated += 1
         period.num_tokens += sum(len(sample.response_token_ids) for sample in group.samples)
         period.rewards += [sample.reward for sample in group.samples]
+        self._sort_in(finished)
+        self._tell_progress()
+
+    def _sort_in(self, finished: FinishedDraw) -> None:
+        assert self._recipe is not None
+        group, period = finished.group, self._period
         lag = (self._dispatcher.policy_version or 0) - finished.version if group.samples else 0
         match judge(group, self._recipe.algorithm.drop_zero_variance_groups, lag, self._config.policy_lag):
             case "good":
@@ -310,7 +318,6 @@ class ServedSource:
                 period.without_signal.sort(key=lambda each: each.number)
             case fate:
                 self.ledger.settle(finished.number, fate)
-        self._tell_progress()
 
     def _tell_progress(self, begin: bool = False) -> None:
         wanted, size = self._config.num_prompts_per_step, self._config.group_size
@@ -414,6 +421,7 @@ class ServedSource:
             settled=list(self.ledger.settled),
             open_draws=sorted(draws, key=lambda draw: draw.number),
             returned=list(self._returned),
+            period=self._period.counts(),
         )
 
     def _so_far(self, draw: Draw) -> RolloutGroup:
@@ -437,10 +445,10 @@ class ServedSource:
         self._recipe.stream.load_state_dict(state.stream_state)
         prompts = {draw.number: draw.group.prompt for draw in state.open_draws}
         self.ledger = Ledger(open=prompts, num_drawn=state.num_drawn, settled=list(state.settled))
-        self._period = self._next_period()
+        self._period = self._next_period() if state.period is None else Period(**state.period)
         for draw in state.open_draws:
             if draw.is_finished:
-                self._take_in(FinishedDraw(draw.number, draw.group))
+                self._sort_in(FinishedDraw(draw.number, draw.group))
             else:
                 self._to_go_on[draw.number] = Draw.of_kept(draw.number, draw.group)
         self._returned = deque(state.returned)

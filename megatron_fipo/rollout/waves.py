@@ -91,7 +91,7 @@ class WaveSource:
         """Go on where another one stood."""
         assert self.recipe is not None, "batches are made of training prompts"
         self.recipe.stream.load_state_dict(state.stream_state)
-        self.surplus = [draw.group for draw in state.open_draws]
+        self.surplus = [draw.group for draw in state.open_draws if draw.is_finished]
 
     def _fill_up(self, step: int, admission: Admission, num_generated: int) -> int:
         """Complete the batch after the last round; returns how many groups it took from those without a signal."""

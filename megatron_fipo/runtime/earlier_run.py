@@ -2,27 +2,33 @@
 
 import logging
 
-from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.load import load_config, plain_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.run_changes import changes_between, check_changes
+from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.run_dir import RunDirectory
 
 logger = logging.getLogger(__name__)
 
 
-def check_against_earlier(config: RunConfig, directory: RunDirectory) -> None:
+def check_against_earlier(config: RunConfig, directory: RunDirectory) -> bool:
     """Compare a run's configuration with the one that its directory was begun with; the log has every difference.
 
     Args:
         config: What the run is to go on with.
         directory: Its directory; one in which no run has begun fits everything.
 
+    Returns:
+        Whether the run goes on with changes that what it learns depends on.
+
     Raises:
-        ConfigError: A field has changed that must not, or that `checkpoint.accept_changes` has to name.
+        ConfigError: A run of some steps has no checkpoint and would write none; or a field has changed that must not,
+            or that `checkpoint.accept_changes` has to name.
     """
     if not directory.has_run:
-        return
+        return False
+    _check_that_it_goes_on(config, directory)
     try:
         earlier = load_config(RunConfig, directory.config_file)
     except ConfigError as error:
@@ -36,3 +42,17 @@ def check_against_earlier(config: RunConfig, directory: RunDirectory) -> None:
     for change in changes:
         logger.warning("going on with another configuration: %s", change)
     check_changes(changes, config.checkpoint.accept_changes)
+    return any(change.rule == "ask" for change in changes)
+
+
+def _check_that_it_goes_on(config: RunConfig, directory: RunDirectory) -> None:
+    """Refuse to begin a run anew that is not meant to."""
+    if config.checkpoint.every_steps or not (step := directory.last_step):
+        return
+    require(
+        bool(CheckpointStore(directory.checkpoints).steps()),
+        field="output_dir",
+        value=directory.path,
+        rule=f"holds a run of {step} steps without a checkpoint, which would begin anew and lose them",
+        way_out="choose another directory, or remove this one",
+    )

@@ -18,6 +18,7 @@ BREAKDOWN_FILE = "last_breakdown"
 
 # What is there although no run has begun, where one ended while it was starting.
 _BEFORE_RUN = frozenset({LOCK_FILE, BREAKDOWN_FILE, "logs"})
+_BEFORE_RUN_PREFIXES = (f"{LOCK_FILE}.", f".{LOCK_FILE}.", f".{BREAKDOWN_FILE}.", ".config.yaml.")
 _UNWRITTEN = "cannot be written"
 
 
@@ -80,6 +81,9 @@ class RunDirectory:
             ConfigError: The directory cannot be made or written to.
         """
         directory = cls(path)
+        if directory.has_run:
+            directory.write("config.yaml", config_yaml)
+            return directory
         try:
             path.mkdir(parents=True, exist_ok=True)
             with whole_file(directory.config_file) as file:
@@ -95,9 +99,10 @@ class RunDirectory:
 
     @property
     def last_step(self) -> int | None:
-        """The last step that has its metrics; None where none has."""
+        """The last finished step that has its metrics; None where none has."""
         lines = read_whole_lines(self.metrics_file)[0] if self.metrics_file.exists() else []
-        return lines[-1]["step"] if lines else None
+        # The line of a step that found no prompts has its evaluation alone.
+        return max((line["step"] for line in lines if "rollout/reward_mean" in line), default=None)
 
     def set_export_aside(self) -> Path | None:
         """Rename the export of the last step, because the run goes on; returns its new place, where there was one."""
@@ -144,7 +149,8 @@ class RunDirectory:
             RunError: It cannot be written.
         """
         with disk_errors_told(self.path / name, _UNWRITTEN, RunError):
-            (self.path / name).write_text(text, encoding="utf-8")
+            with whole_file(self.path / name) as file:
+                file.write(text.encode())
 
     @property
     def config_file(self) -> Path:
@@ -222,7 +228,7 @@ class RunDirectory:
 def _holds_files(path: Path) -> bool:
     """Whether a directory holds anything but what is left of a run that ended before it began."""
     names = [each.name for each in path.iterdir()]
-    return any(name not in _BEFORE_RUN and not name.startswith(f".{BREAKDOWN_FILE}") for name in names)
+    return any(name not in _BEFORE_RUN and not name.startswith(_BEFORE_RUN_PREFIXES) for name in names)
 
 
 def _keep_steps(path: Path, last: int) -> None:

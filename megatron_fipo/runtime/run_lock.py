@@ -60,8 +60,10 @@ def hold_run_directory(path: Path, take_lock: TakeLock = _take_lock) -> Iterator
         ) from error
     with file:
         if _lock(path, file, take_lock):
-            file.truncate(0)
-            os.pwrite(file.fileno(), json.dumps(_own_name()).encode(), 0)
+            # A full disk takes no name, but the lock holds.
+            with suppress(OSError):
+                file.truncate(0)
+                os.pwrite(file.fileno(), json.dumps(_own_name()).encode(), 0)
             yield
         else:
             with _held_by_beats(path):

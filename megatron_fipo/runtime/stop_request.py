@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,9 +29,7 @@ class StopRequest:
         self._signal = ""
         self._lock = threading.Lock()
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def __del__(self) -> None:
-        os.close(self._event)
+        weakref.finalize(self, os.close, self._event)
 
     def fileno(self) -> int:
         """A descriptor that is readable once a stop is asked for; nobody reads it."""

@@ -33,7 +33,7 @@ from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.checkpointing import Checkpointer
 from megatron_fipo.trainer.prepare_rollouts import prepare_rollouts
-from megatron_fipo.trainer.recovery import restore
+from megatron_fipo.trainer.recovery import restore_actor, restore_files
 from megatron_fipo.trainer.safeguards import Safeguards
 from megatron_fipo.trainer.state import Actor, Run
 
@@ -72,8 +72,9 @@ def _build(
         beginnings: Is given what is undone where the run does not come about.
     """
     context = build_parallel_context(config.parallelism, derive_seed(config.seed, "model"))
-    directory = on_main_rank(lambda: _take_directory(config, resources, beginnings))
-    has_run = any(gather_json(directory is not None and directory.has_run))
+    taken = on_main_rank(lambda: _take_directory(config, resources, beginnings))
+    directory, is_changed = taken or (None, False)
+    has_run, is_changed = (any(gather_json(each)) for each in (directory is not None and directory.has_run, is_changed))
     on_main_rank(lambda: check_sinks(config.metrics))
     # Every node has its own view of the model folder.
     bridge = on_every_rank(lambda: HfBridge(config.model.path, config.model.context_length, config.model.rope_base))
@@ -86,15 +87,11 @@ def _build(
     make_rollouts = None if start_rollouts is None else start_rollouts()
     actor = build_actor(config, bridge, context)
     actor.forward.progress = progress
-    if directory is not None:
-        card = effective_algorithm(config.algorithm)
-        directory.write(CARD_FILE, card + "\n")
-        logger.info("effective algorithm:\n%s", card)
+    on_main_rank(lambda: _tell_algorithm(config, directory))
     run = Run(
         config=config,
         context=context,
         actor=actor,
-        rollout=None if make_rollouts is None else make_rollouts(actor, context),
         directory=directory,
         checkpointer=_build_checkpointer(config, context, actor),
         safeguards=Safeguards(config, actor.train_step, context.rank == 0),
@@ -103,22 +100,36 @@ def _build(
         progress=progress,
         stop=stop,
     )
+    # Servers on the trainer's devices get its memory: the actor is loaded before.
+    has_checkpoint = has_run and restore_actor(run)
+    if make_rollouts is not None:
+        run.rollout = make_rollouts(actor, context)
     if has_run:
-        restore(run)
+        restore_files(run, has_checkpoint, is_changed)
         on_main_rank(lambda: RunDirectory.begin(config.output_dir, dump_config(config)))
     run.metrics_writer = on_main_rank(lambda: resources.enter_context(closing(_open_writer(run))))
     return run
 
 
-def _take_directory(config: RunConfig, resources: ExitStack, beginnings: ExitStack) -> RunDirectory:
-    """Hold the run directory alone, and see that the run may begin in it, or go on."""
+def _tell_algorithm(config: RunConfig, directory: RunDirectory | None) -> None:
+    assert directory is not None, "rank 0 has it"
+    card = effective_algorithm(config.algorithm)
+    directory.write(CARD_FILE, card + "\n")
+    logger.info("effective algorithm:\n%s", card)
+
+
+def _take_directory(config: RunConfig, resources: ExitStack, beginnings: ExitStack) -> tuple[RunDirectory, bool]:
+    """Hold the run directory alone, and see that the run may begin in it, or go on.
+
+    Returns:
+        The directory, and whether the run goes on with changes that its samples depend on.
+    """
     RunDirectory.check(config.output_dir, may_have_run=config.checkpoint.resume)
     resources.enter_context(hold_run_directory(config.output_dir))
     directory = RunDirectory(config.output_dir)
     if not directory.has_run:
         beginnings.enter_context(_removed_if_refused(directory))
-    check_against_earlier(config, directory)
-    return directory
+    return directory, check_against_earlier(config, directory)
 
 
 def _build_checkpointer(config: RunConfig, context: ParallelContext, actor: Actor) -> Checkpointer:
@@ -142,7 +153,8 @@ def _removed_if_refused(directory: RunDirectory) -> Iterator[None]:
 
 def _open_writer(run: Run) -> MetricsWriter:
     assert run.directory is not None, "rank 0 has the run directory"
-    sinks = open_sinks(run.config.metrics, run.directory.path, plain_values(run.config), run.finished_steps)
+    first_step = run.finished_steps + (run.finished_steps > 0 and run.unreported is None)
+    sinks = open_sinks(run.config.metrics, run.directory.path, plain_values(run.config), first_step)
     return MetricsWriter(run.directory, sinks)
 
 

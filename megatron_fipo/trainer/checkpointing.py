@@ -55,7 +55,7 @@ class Checkpointer:
         folder: The run's checkpoints, on a file system that all nodes share.
 
     Attributes:
-        saved_step: Step of the newest checkpoint that is on disk or on its way there.
+        saved_step: Step of the last checkpoint, if it is on disk or on its way there.
     """
 
     def __init__(
@@ -202,9 +202,12 @@ class Checkpointer:
                 unfinished.save.finish()
 
     def _score(self, metrics_file: Path | None, step: int) -> float | None:
-        if self.config.keep_best == 0 or metrics_file is None or not metrics_file.is_file():
+        if self.config.keep_best == 0 or metrics_file is None:
             return None
-        return read_score(metrics_file, step, self.config.best_metric)
+        # On this rank alone; without a score the checkpoint has no rank.
+        with suppress(OSError):
+            return read_score(metrics_file, step, self.config.best_metric)
+        return None
 
     @property
     def is_written(self) -> bool:

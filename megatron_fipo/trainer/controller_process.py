@@ -97,9 +97,9 @@ class ControllerActions:
         await enter(running(_tell_queues(self._controller, news)))
         return Answer(value={"api_key": pool.api_key})
 
-    async def restore(self, step: int, path: str | None) -> Answer:
+    async def restore(self, step: int, path: str | None, anew: bool) -> Answer:
         """Go on where an earlier controller stood."""
-        self._controller.restore(step, None if path is None else Path(path))
+        self._controller.restore(step, None if path is None else Path(path), anew)
         return Answer()
 
     async def save(self, path: str) -> Answer:

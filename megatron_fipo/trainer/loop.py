@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import compute_device
 from megatron_fipo.rollout.batch import batch_path, load_recorded, save_batch
 from megatron_fipo.rollout.controller import Rollout
+from megatron_fipo.runtime.errors import CheckpointError, RunError
 from megatron_fipo.runtime.stop_request import StopRequested
 from megatron_fipo.trainer.agreement import on_main_rank, stop_comes_first
 from megatron_fipo.trainer.dumps import Place
@@ -76,6 +77,11 @@ def _ending_on_request(run: Run) -> Iterator[None]:
     except StopRequested:
         end_on_request(run)
         raise
+    except RunError:
+        # Raised on every rank. A checkpoint that is being written is of a step before, and good.
+        with suppress(CheckpointError):
+            run.checkpointer.finish()
+        raise
     run.stop.has_nothing_to_save = True
 
 
@@ -83,7 +89,11 @@ def end_on_request(run: Run) -> None:
     """Bring the run to an end between two steps; a rollout or an evaluation that was broken off does not count."""
     if run.unreported is not None:
         run.unreported.metrics |= run.timer.drain()
-    save_now(run)
+    if not save_now(run):
+        raise CheckpointError(
+            f"the run was asked to end after step {run.finished_steps}, and its checkpoint could not be written, see "
+            "above; started again, it goes on from the one before"
+        )
 
 
 def report_beginning(run: Run, transfer: Mapping[str, float]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +17,6 @@ from megatron_fipo.rollout.journal import forget_journal
 from megatron_fipo.runtime.checkpoint_store import Checkpoint
 from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
-from megatron_fipo.runtime.json_files import write_json
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.checkpointing import Checkpointer
@@ -32,12 +30,14 @@ CONTROLLER_FILE = "rollouts.npz"
 """State of the rollout controller, in a checkpoint."""
 
 
-def restore(run: Run) -> None:
-    """Bring a run whose directory has begun to its newest checkpoint, or to its beginning; collective over all ranks.
+def restore_actor(run: Run) -> bool:
+    """Bring the actor and the counters of a run whose directory has begun to its newest checkpoint; collective.
+
+    Returns:
+        Whether there is one.
 
     Raises:
         CheckpointError: Its checkpoints cannot be used; see `Checkpointer.restore`.
-        ConfigError: The prompts are others, or in another order.
     """
     checkpoint = run.checkpointer.restore()
     progress = broadcast_json(on_main_rank(lambda: None if checkpoint is None else _read_progress(checkpoint)), 0)
@@ -46,17 +46,33 @@ def restore(run: Run) -> None:
         run.safeguards.load_state_dict(progress["safeguards"])
         if (pending := progress["unreported"]) is not None:
             run.unreported = StepReport(**pending)
+    return progress is not None
+
+
+def restore_files(run: Run, has_checkpoint: bool, is_changed: bool) -> None:
+    """Bring what generates, and the files of the run directory, to where the actor is; collective.
+
+    Args:
+        run: This rank's view.
+        has_checkpoint: What `restore_actor` gave.
+        is_changed: Whether the run goes on with a configuration under which it would have generated other samples.
+
+    Raises:
+        CheckpointError: The controller's state cannot be read.
+        ConfigError: The prompts are others, or in another order.
+        RunError: A file cannot be written.
+    """
     if run.rollout is not None:
-        folder = run.checkpointer.store.path(run.finished_steps)
-        run.rollout.restore(run.finished_steps, None if progress is None else folder / CONTROLLER_FILE)
-    on_main_rank(lambda: _forget_later(run, progress))
+        path = run.checkpointer.store.path(run.finished_steps) / CONTROLLER_FILE
+        run.rollout.restore(run.finished_steps, path if has_checkpoint else None, is_changed)
+    on_main_rank(lambda: _forget_later(run, has_checkpoint))
 
 
-def _forget_later(run: Run, progress: Mapping[str, Any] | None) -> None:
+def _forget_later(run: Run, has_checkpoint: bool) -> None:
     assert run.directory is not None, "rank 0 has it"
     if run.finished_steps < run.config.num_steps and (aside := run.directory.set_export_aside()) is not None:
         logger.warning("the run goes on, so its export is %s now", aside)
-    if progress is None:
+    if not has_checkpoint:
         logger.warning("%s has no checkpoint yet; the run begins anew", run.directory.path)
         run.directory.forget_after(-1)
         return
@@ -100,21 +116,30 @@ def _forget_journal(directory: RunDirectory, own: Checkpointer) -> None:
         forget_journal(directory.journal, last=newest[0])
 
 
-def save_now(run: Run) -> None:
+def save_now(run: Run) -> bool:
     """Write a checkpoint of the finished steps, where there is none, and wait until it is on disk.
+
+    Returns:
+        Whether there is one, or need not be.
 
     Raises:
         CheckpointError: It cannot be written, and `checkpoint.on_failure` is "stop".
     """
     own = run.checkpointer
+    if not own.config.every_steps or not run.finished_steps:
+        return True
     with run.timer.phase("checkpoint"):
-        if own.config.every_steps and run.finished_steps not in (0, own.saved_step):
-            if not own.has_begun(run.finished_steps):
-                if run.rollout is not None:
-                    run.rollout.yield_devices()
-                own.begin(run.finished_steps)
-            complete_checkpoint(run)
         own.finish()
+    # One that was being written may have failed just now.
+    if own.saved_step != run.finished_steps:
+        if not own.has_begun(run.finished_steps):
+            if run.rollout is not None:
+                run.rollout.yield_devices()
+            own.begin(run.finished_steps)
+        complete_checkpoint(run)
+        with run.timer.phase("checkpoint"):
+            own.finish()
+    return own.saved_step == run.finished_steps
 
 
 def _write_files(run: Run, folder: Path) -> None:
@@ -132,7 +157,8 @@ def _write_own_files(run: Run, folder: Path) -> None:
         "unreported": None if run.unreported is None else asdict(run.unreported),
     }
     with disk_errors_told(folder, "cannot be written"):
-        write_json(folder / PROGRESS_FILE, progress)
+        # Metrics of a skipped update may be NaN, which write_json would make null.
+        (folder / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
         if run.actor.train_step is not None:
             run.actor.bridge.write_model_files(folder / MODEL_FOLDER, DTYPES[run.config.model.dtype])
         (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")

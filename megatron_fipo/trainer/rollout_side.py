@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_fipo.config.base import ConfigError
 from megatron_fipo.rollout.controller import Rollout, RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.samples import Decode
@@ -80,12 +81,13 @@ class RolloutSide(Protocol):
         """
         ...
 
-    def restore(self, step: int, path: Path | None) -> None:
+    def restore(self, step: int, path: Path | None, anew: bool) -> None:
         """Go on where an earlier run's controller stood, before anything is generated.
 
         Args:
             step: Steps that were finished then.
             path: The file that `save` wrote; None begins at the beginning.
+            anew: Whether what had been generated for later steps is of no use, because the configuration is another.
 
         Raises:
             CheckpointError: The file is damaged; raised on every rank.
@@ -147,9 +149,9 @@ class EmbeddedRollouts:
         """Write down where the controller stands."""
         on_main_rank(lambda: asyncio.run(self._controller.save(path)))
 
-    def restore(self, step: int, path: Path | None) -> None:
+    def restore(self, step: int, path: Path | None, anew: bool) -> None:
         """Go on where an earlier controller stood."""
-        on_main_rank(lambda: self._controller.restore(step, path))
+        on_main_rank(lambda: self._controller.restore(step, path, anew))
 
     @property
     def _controller(self) -> RolloutController:
@@ -185,7 +187,7 @@ class EmbeddedRollouts:
         # After any other error the ranks are out of step, and a release could wait for ever.
         try:
             result = asyncio.run(self.stop.or_work(drive(self.controller)))
-        except (RunError, StopRequested):
+        except (ConfigError, RunError, StopRequested):
             self.engine.release()
             raise
         self.engine.release()

@@ -75,9 +75,9 @@ class ServedRollouts:
         """Have the controller write down where it stands."""
         self.calls.ask("save", {"path": str(path)})
 
-    def restore(self, step: int, path: Path | None) -> None:
+    def restore(self, step: int, path: Path | None, anew: bool) -> None:
         """Have the controller go on where an earlier one stood."""
-        self.calls.ask("restore", {"step": step, "path": None if path is None else str(path)})
+        self.calls.ask("restore", {"step": step, "path": None if path is None else str(path), "anew": anew})
 
     def yield_devices(self) -> None:
         """Take the devices' memory from servers that share them with the trainer."""

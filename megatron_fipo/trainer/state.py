@@ -82,10 +82,10 @@ class Run:
     config: RunConfig
     context: ParallelContext
     actor: Actor
-    rollout: RolloutSide | None
     directory: RunDirectory | None
     safeguards: Safeguards
     checkpointer: Checkpointer
+    rollout: RolloutSide | None = None
     metrics_writer: MetricsWriter | None = None
     recorded: Sequence[Path] = ()
     finished_steps: int = 0

@@ -184,3 +184,13 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_once_there_is_roo
     )
     assert first[1].error == ()
     assert [line["step"] for line in lines(full)] == list(range(STEPS + 1))
+
+
+def test_a_run_without_checkpoints_is_not_begun_anew_unasked(root: Path) -> None:
+    without = config(root, "without", 1, checkpoint={"every_steps": 0, "export_at_end": False})
+    first, second = ends_of([without, without])
+    assert first.error == ()
+    kind, text = second.error
+    assert kind == "ConfigError"
+    assert text.startswith(f"output_dir = {without.output_dir}: holds a run of 1 steps without a checkpoint")
+    assert [line["step"] for line in lines(without)] == [0, 1]

@@ -9,16 +9,16 @@ class TensorBoardSink:
 
     Args:
         folder: Where the event files go.
-        finished_steps: Steps that earlier event files keep; TensorBoard leaves their later points out.
+        first_step: First step that comes; TensorBoard leaves out what earlier event files have of it and later ones.
     """
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, finished_steps: int = 0) -> None:
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
         # Slow to import, and needed by some runs only.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=finished_steps + 1 if folder.exists() else None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step if folder.exists() else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to every metric's curve; it is on disk when this returns."""

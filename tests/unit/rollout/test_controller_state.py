@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_fipo.rollout.batch_recipe import CollectedGroups
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.controller_state import (
     ControllerState,
@@ -222,3 +223,59 @@ def test_a_batch_that_is_given_up_while_it_is_handed_over_is_in_the_journal(tmp_
     ended = [settled.number for one in entries for settled in one.settled]
     waiting = [draw.number for draw in state.open_draws] + [settled.number for settled in state.settled]
     assert sorted(ended + waiting) == list(range(state.num_drawn))
+
+
+@pytest.mark.parametrize("rounds", [1, 10])
+@pytest.mark.parametrize("answers", ["signal", "mixed"])
+def test_a_batch_that_was_nearly_full_is_completed_as_it_would_have_been(
+    rounds: int, answers: str, tmp_path: Path
+) -> None:
+    """A stop comes when one response is still under way: what is finished counts as it did."""
+
+    def parts() -> Simulation:
+        return Simulation(
+            lengths=lambda prompt, sample: 500 if prompt == 3 else 5,
+            answer_of=lambda prompt: "none" if answers == "mixed" and prompt == 1 else "signal",
+            config={"num_prompts_per_step": 4, "max_generation_rounds": rounds},
+        )
+
+    async def work() -> tuple[CollectedGroups, CollectedGroups]:
+        first, _ = parts().build()
+        await first.resume(0, ())
+        asked = asyncio.create_task(first.collect(1, 0))
+        await asyncio.sleep(20.0)
+        await first.save(tmp_path / "state.npz")
+        second, _ = parts().build()
+        second.restore(0, tmp_path / "state.npz")
+        await second.resume(0, ())
+        again = await second.collect(1, 0)
+        whole = await asked
+        for controller in (first, second):
+            await controller.close()
+        return whole, again
+
+    whole, again = simulate(work())
+    assert samples_of(again.groups) == samples_of(whole.groups)
+    of_time = ("rollout/serving_s", "rollout/response_tokens_discarded", "rollout/wait_s")
+    differing = {name for name in whole.metrics if whole.metrics[name] != again.metrics.get(name)}
+    assert not {name for name in differing if not name.startswith(("perf/", *of_time))}
+
+
+def test_under_another_configuration_prompts_are_answered_anew(tmp_path: Path) -> None:
+    async def work() -> tuple[ControllerState, SimulatedEngine]:
+        first = Life(tmp_path)
+        await first.run_to(2, tmp_path)
+        write_controller_state(first.states[1], tmp_path / "state.npz")
+        second, engine = simulation(tmp_path).build()
+        second.restore(1, tmp_path / "state.npz", anew=True)
+        assert not journal_path(tmp_path, 2).exists()
+        await second.resume(1, ())
+        await second.collect(2, 1)
+        for controller in (first.controller, second):
+            await controller.close()
+        return first.states[1], engine
+
+    state, engine = simulate(work())
+    asked = {int(name.split(":")[0]) for name in engine.begun_with}
+    assert {draw.number for draw in state.open_draws if draw.group.samples} <= asked
+    assert {begun for times in engine.begun_with.values() for begun in times[:1]} == {0}

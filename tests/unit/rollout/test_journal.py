@@ -84,9 +84,9 @@ def test_a_batch_comes_back_as_it_was(entry: JournalEntry, tmp_path: Path) -> No
 def test_experts_take_a_byte_each_where_that_is_enough(entry: JournalEntry, tmp_path: Path) -> None:
     experts = entry.groups[0].samples[1].routed_experts
     assert experts is not None
-    for largest, size in ((255, 1), (256, 2)):
-        experts[-1, -1, -1] = largest
-        path = journal_path(tmp_path, largest)
+    for step, (last, size) in enumerate(((255, 1), (256, 2), (-1, 2))):
+        experts[-1, -1, -1] = last
+        path = journal_path(tmp_path, step)
         write_journal(entry, path)
         with np.load(path) as file:
             assert file["routed_experts_000001"].itemsize == size

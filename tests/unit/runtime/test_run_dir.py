@@ -26,7 +26,7 @@ def test_an_empty_directory_will_do(tmp_path: Path) -> None:
 
 
 def test_what_a_run_left_that_ended_before_it_began_is_no_run(tmp_path: Path) -> None:
-    for name in (".lock", "last_breakdown", ".last_breakdown.17"):
+    for name in (".lock", "..lock.partial", ".lock.17", "last_breakdown", ".last_breakdown.17", ".config.yaml.partial"):
         (tmp_path / name).touch()
     (tmp_path / "logs").mkdir()
     assert not RunDirectory(tmp_path).has_run
@@ -42,7 +42,7 @@ def test_later_steps_and_half_lines_are_forgotten(tmp_path: Path, has_metrics: b
     directory = RunDirectory.create(tmp_path, "")
     directory.forget_after(2)
     for step in range(4):
-        directory.append_metrics({"step": step})
+        directory.append_metrics({"step": step, "rollout/reward_mean": 0.5})
         directory.append_samples([{"step": step}, {"step": step}])
     with directory.metrics_file.open("a") as file:
         file.write('{"step": 4')
@@ -55,7 +55,8 @@ def test_later_steps_and_half_lines_are_forgotten(tmp_path: Path, has_metrics: b
 def test_an_export_is_set_aside_under_the_step_that_it_is_of(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path, "")
     assert directory.last_step is None and directory.set_export_aside() is None
-    directory.append_metrics({"step": 7})
+    directory.append_metrics({"step": 7, "rollout/reward_mean": 0.5})
+    directory.append_metrics({"step": 8, "eval/accuracy": 0.5})
     for _ in range(2):
         directory.export.mkdir()
         assert directory.set_export_aside() == tmp_path / "export_step_7"
