@@ -29,7 +29,12 @@ from megatron_fipo.runtime.whereabouts import Whereabouts
 
 # The watchdog comes first: it knows which rank is missing.
 _TIMEOUT_OVER_WATCHDOG_S = 600.0
+_MEETING_PATIENCE_S = 30.0
 _LOOPBACK = "127.0.0.1"
+
+
+class RanksApartError(Exception):
+    """A rank has left the others' common order, which is a defect: nobody can wait for anybody any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +126,10 @@ def _process_group(watchdog: Watchdog, timeout: timedelta) -> Iterator[None]:
     dist.init_process_group(collective_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         yield
-    except (ConfigError, RunError, StopRequested):
+    except (ConfigError, RunError, StopRequested) as end:
         # Raised on every rank. After any other error a rank stands alone, and leaving could wait for ever.
-        _meet_before_leaving()
+        if not _meet_before_leaving():
+            raise RanksApartError(f"this rank ended, the others did not: {end}") from end
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -159,14 +165,19 @@ def check_visible_devices(num_devices: int, local_world_size: int) -> None:
     )
 
 
-def _meet_before_leaving() -> None:
+def _meet_before_leaving() -> bool:
     """Wait for the other ranks, which met the same error, and let no launcher end this one before it has told it.
 
     Launchers end all ranks once one has failed; that one need not be rank 0, which tells the error.
+
+    Returns:
+        Whether they came.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # A rank that is gone cannot come.
     with suppress(RuntimeError):
         meeting = dist.all_reduce(torch.zeros(1), async_op=True)
         assert meeting is not None
-        meeting.wait(timedelta(seconds=30))
+        meeting.wait(timedelta(seconds=_MEETING_PATIENCE_S))
+        return True
+    return False

@@ -3,12 +3,17 @@
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.exit_codes import FAILED, GO_ON
+from megatron_fipo.trainer import loop
+from megatron_fipo.trainer import ranks as ranks_of_run
+from megatron_fipo.trainer.state import Run
 from tests.cli_ranks import CliRanks
 from tests.integration.small_runs import small_run, write_inputs
 
@@ -75,6 +80,26 @@ def test_a_second_breakdown_without_a_checkpoint_between_is_a_failure(root: Path
             ranks.wait_until_held()
             ranks.send(signal.SIGKILL, 1)
             assert ranks.wait(60.0, 0)[0] == [expected], attempt
+
+
+def test_a_rank_that_alone_meets_an_error_of_the_run_does_not_wait_for_the_others(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such errors are to be raised on every rank; one that is not must not hang the run."""
+    compute = loop.compute_old_log_probs
+
+    def compute_or_refuse(run: Run, micro_batches: Any) -> None:
+        if run.context.rank == 1 and run.finished_steps == 1:
+            raise RunError("only here")
+        compute(run, micro_batches)
+
+    monkeypatch.setattr(loop, "compute_old_log_probs", compute_or_refuse)
+    monkeypatch.setattr(ranks_of_run, "_MEETING_PATIENCE_S", 2.0)
+    with CliRanks(tmp_path, train(endless(root, "apart"))) as ranks:
+        statuses, _ = ranks.wait(60.0)
+        assert statuses == [FAILED, FAILED]
+        assert "this rank ended, the others did not: only here" in ranks.told(1)
+        assert re.search(r"rank 1 \(.*\) failed: RanksApartError: this rank ended", ranks.last_line(0))
 
 
 def test_a_rank_that_fails_is_told_with_its_error(root: Path, tmp_path: Path) -> None:
