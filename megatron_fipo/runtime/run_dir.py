@@ -1,6 +1,7 @@
 """The run directory: resolved configuration, metrics, samples, logs."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ BREAKDOWN_FILE = "last_breakdown"
 # What is there although no run has begun, where one ended while it was starting.
 _BEFORE_RUN = frozenset({LOCK_FILE, BREAKDOWN_FILE, "logs"})
 _BEFORE_RUN_PREFIXES = (f"{LOCK_FILE}.", f".{LOCK_FILE}.", f".{BREAKDOWN_FILE}.", ".config.yaml.")
+_RECORDED = re.compile(r"rollout_([0-9]+)\.")
 _UNWRITTEN = "cannot be written"
 
 
@@ -124,7 +126,10 @@ class RunDirectory:
         return cls.begin(path, config_yaml)
 
     def forget_after(self, step: int, has_metrics: bool = True) -> None:
-        """Take the lines of later steps out of metrics.jsonl and samples.jsonl, and any that a killed run left half.
+        """Leave nothing of later steps that would not be written again in its place.
+
+        Their lines go out of metrics.jsonl and samples.jsonl, with any that a killed run left half; so do recorded
+        rollouts, and weights that were on their way to servers.
 
         Args:
             step: The last step that stays.
@@ -137,6 +142,11 @@ class RunDirectory:
             if path.exists():
                 with disk_errors_told(path, _UNWRITTEN, RunError):
                     _keep_steps(path, last)
+        for path in self.rollouts.glob("rollout_*"):
+            if (found := _RECORDED.match(path.name)) and int(found[1]) > step:
+                with disk_errors_told(path, "cannot be removed", RunError):
+                    path.unlink(missing_ok=True)
+        shutil.rmtree(self.weights, ignore_errors=True)
 
     def remove(self) -> None:
         """Remove the directory with all that is in it."""

@@ -47,7 +47,16 @@ def test_later_steps_and_half_lines_are_forgotten(tmp_path: Path, has_metrics: b
     with directory.metrics_file.open("a") as file:
         file.write('{"step": 4')
     assert directory.last_step == 3
+    for folder, names in (
+        (directory.rollouts, ("rollout_000002.npz", "rollout_000003.npz", "rollout_1000000.routing")),
+        (directory.weights, ("version_3",)),
+    ):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
     directory.forget_after(2, has_metrics)
+    assert [path.name for path in directory.rollouts.iterdir()] == ["rollout_000002.npz"]
+    assert not directory.weights.exists()
     assert [json.loads(line)["step"] for line in directory.metrics_file.read_text().splitlines()] == left
     assert [json.loads(line)["step"] for line in directory.samples_file.read_text().splitlines()] == [0, 0, 1, 1, 2, 2]
 
