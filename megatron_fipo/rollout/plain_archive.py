@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_fipo.rewards.literals import as_literal
+from megatron_fipo.runtime.disk_errors import read_errors_told
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.whole_file import whole_file
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
@@ -56,7 +57,11 @@ def read_archive[T](
 
     Raises:
         RunError: The file is missing, damaged, or of another format version; of the kind that is asked for.
+        BreakdownError: The file system refuses.
     """
+    # What is refused here is no damage; what np.load raises for damage may be an OSError too.
+    with read_errors_told(path, error):
+        path.open("rb").close()
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

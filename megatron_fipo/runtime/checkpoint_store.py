@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_fipo
-from megatron_fipo.runtime.disk_errors import disk_errors_told
+from megatron_fipo.runtime.disk_errors import disk_errors_told, read_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.hashed_file import FileRecord, hash_file, hash_files
 from megatron_fipo.runtime.json_files import write_json
@@ -257,7 +257,7 @@ def read_checkpoint(path: Path, check_hashes: bool = False) -> Checkpoint:
         NewerFormatError: A later release wrote it.
     """
     manifest = _read_manifest(path)
-    with disk_errors_told(path, "cannot be read"):
+    with read_errors_told(path):
         sizes = {name: (path / name).stat().st_size for name in _files(path)}
         for name, record in manifest.files.items():
             if name not in sizes:
@@ -330,9 +330,10 @@ def check_bytes(path: Path, files: Mapping[str, FileRecord]) -> None:
         files: From its manifest, all or some.
 
     Raises:
-        CheckpointError: One has other bytes, or cannot be read.
+        CheckpointError: One has other bytes, or is missing.
+        BreakdownError: One cannot be read.
     """
-    with disk_errors_told(path, "cannot be read"):
+    with read_errors_told(path):
         for name, record in zip(files, hash_files([path / name for name in files]), strict=True):
             if record != files[name]:
                 raise CheckpointError(f"{path / name}: other bytes than were written (SHA-256 differs)")
@@ -372,8 +373,13 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
+    with read_errors_told(path):
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: is missing; the folder is no checkpoint") from error
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
         version = content.pop("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise NewerFormatError(
@@ -384,7 +390,5 @@ def _read_manifest(folder: Path) -> Manifest:
             raise ValueError("its own SHA-256 differs")
         files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
         return Manifest(files=files, **content)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: is missing; the folder is no checkpoint") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error

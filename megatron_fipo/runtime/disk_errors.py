@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_fipo.runtime.errors import CheckpointError, RunError
+from megatron_fipo.runtime.errors import BreakdownError, CheckpointError, RunError
 
 
 @contextmanager
@@ -23,3 +23,26 @@ def disk_errors_told(path: Path, what: str, kind: type[RunError] = CheckpointErr
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         way_out = "free some space" if full else "mend its permissions, or take another output_dir"
         raise kind(f"{error.filename or path}: {what} ({error.strerror}); {way_out}") from error
+
+
+@contextmanager
+def read_errors_told(path: Path, kind: type[RunError] = CheckpointError) -> Iterator[None]:
+    """What cannot be read now is no damage: it ends the run, which tries again when it is started again.
+
+    Args:
+        path: The place, where the error does not name one.
+        kind: Raised where a file is missing.
+
+    Raises:
+        RunError: A file is missing.
+        BreakdownError: The file system refuses.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise kind(f"{error.filename or path}: is missing") from error
+    except OSError as error:
+        raise BreakdownError(
+            f"{error.filename or path}: cannot be read ({error.strerror}), so nobody knows whether it is damaged; mend "
+            "that, or remove it to go on without it"
+        ) from error

@@ -18,7 +18,7 @@ from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.hashed_file import FileRecord
 from megatron_fipo.runtime.retention import Retention
-from megatron_fipo.trainer.agreement import on_main_rank
+from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +121,17 @@ class Checkpointer:
         """Whether a file has other bytes than were written; every rank reads a share of them."""
         if not self.config.verify_on_load:
             return False
-        context, problem = self.context, ""
+        context = self.context
         mine = {name: FileRecord(*record) for name, *record in files[context.rank :: context.world_size]}
-        try:
-            check_bytes(self.store.path(step), mine)
-        except CheckpointError as error:
-            problem = str(error)
-        problems = [each for each in gather_json(problem) if each]
+
+        def problem_of_mine() -> str:
+            try:
+                check_bytes(self.store.path(step), mine)
+            except CheckpointError as error:
+                return str(error)
+            return ""
+
+        problems = [each for each in gather_json(on_every_rank(problem_of_mine)) if each]
         if problems and context.rank == 0:
             self.store.warn_of(step, "; ".join(problems))
         return bool(problems)

@@ -15,6 +15,7 @@ from megatron_fipo.rollout.journal import (
     write_journal,
 )
 from megatron_fipo.rollout.ledger import OpenPrompt, Settled
+from megatron_fipo.runtime.errors import BreakdownError
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
 from tests.simulated_rollouts import Simulation
 
@@ -106,8 +107,12 @@ def test_batches_are_forgotten(tmp_path: Path, steps: dict[str, int], left: list
 
 def test_a_damaged_file_is_named(entry: JournalEntry, tmp_path: Path) -> None:
     path = tmp_path / "step_000001.npz"
-    with pytest.raises(JournalError, match=f"{path}: cannot be read as a journalled batch"):
+    with pytest.raises(JournalError, match=f"{path}: is missing"):
         read_journal(path)
+    path.mkdir()
+    with pytest.raises(BreakdownError, match=r"cannot be read \(Is a directory\), so nobody knows whether it is damaged"):
+        read_journal(path)
+    path.rmdir()
     write_journal(entry, path)
     whole = path.read_bytes()
     for content in (b"", b"PK damaged", whole[:-100], whole.replace(b"math", b"mauh", 1)):

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_fipo.runtime import checkpoint_store
 from megatron_fipo.runtime.checkpoint_store import Checkpoint, CheckpointStore, NewerFormatError
-from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.errors import BreakdownError, CheckpointError
 from megatron_fipo.runtime.hashed_file import hash_file
 from megatron_fipo.runtime.retention import Retention
 
@@ -120,6 +120,17 @@ def test_damage_is_named_and_the_one_before_is_found(
     assert record.getMessage().startswith("checkpoint of step 2 is damaged and left out: ")
     damage(tmp_path / "step_1")
     assert store.newest_valid() is None
+
+
+def test_what_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, ALL)
+    write(store, 1)
+    write(store, 2)
+    manifest = tmp_path / "step_2" / "manifest.json"
+    manifest.rename(tmp_path / "kept")
+    manifest.mkdir()
+    with pytest.raises(BreakdownError, match=r"step_2/manifest.json: cannot be read \(Is a directory\), so nobody"):
+        store.newest_valid()
 
 
 def test_sizes_alone_are_checked_on_request(tmp_path: Path) -> None:
