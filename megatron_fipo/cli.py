@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,8 @@ def _train(words: Sequence[str]) -> int:
     if (config := _read_run_config("train", words)) is None:
         return 0 if _asks_for_help(words) else 2
     config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
-    return _train_on_ranks(config)
+    with _ending_at_once():
+        return _train_on_ranks(config)
 
 
 def _evaluate(words: Sequence[str]) -> int:
@@ -202,6 +204,30 @@ def _read_config[T](cls: type[T], command: str, words: Sequence[str], wider: typ
         print(f"megatron-fipo: {command} needs a configuration file first\n\n{USAGE}", end="", file=sys.stderr)
         return None
     return load_config(cls, Path(words[0]), words[1:], wider)
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """End a run at once where a signal asks for it and nobody listens yet: imports take seconds, and lose nothing."""
+    import signal
+    import threading
+
+    from megatron_fipo.runtime.exit_codes import GO_ON, INTERRUPTED
+
+    statuses = {signal.SIGTERM: GO_ON, signal.SIGUSR1: GO_ON, signal.SIGINT: INTERRUPTED}
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        os._exit(statuses[signal.Signals(number)])
+
+    before = {number: signal.signal(number, end) for number in statuses}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _train_on_ranks(config: "RunConfig") -> int:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +178,24 @@ def test_an_evaluation_ends_at_once(number: signal.Signals, status: int, root: P
         assert statuses == [status]
         assert seconds < 4.0
         assert ranks.last_line() == f"megatron-fipo: the evaluation ended on {number.name}; there was nothing to save"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGUSR1, GO_ON), (signal.SIGTERM, GO_ON), (signal.SIGINT, INTERRUPTED)]
+)
+def test_a_signal_while_a_rank_imports_ends_it_with_its_status(number: signal.Signals, status: int, root: Path) -> None:
+    path = root / "importing.yaml"
+    path.write_text(dump_config(small_run(root, "importing")))
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_fipo.cli", "train", str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        # One of the first things that torch brings, which then takes seconds.
+        assert any("torch._utils" in line for line in process.stderr)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=60.0)
+    assert process.returncode == status
+    assert "Traceback" not in told
+    assert not (root / "importing").exists()
 
 
 def test_servers_end_with_a_run_that_is_stopped_while_they_start(
