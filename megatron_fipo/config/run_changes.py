@@ -1,10 +1,10 @@
 """How the configuration of a resumed run differs from the one that it began with, and which differences it may have."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.base import ConfigError, require
 
 Rule = Literal["free", "ask", "keep"]
 """What becomes of a difference.
@@ -13,6 +13,7 @@ Rule = Literal["free", "ask", "keep"]
 named in `checkpoint.accept_changes`. "keep": what the checkpoint holds would not fit it.
 """
 
+ACCEPTED = "checkpoint.accept_changes"
 ABSENT = "(not there)"
 
 # Fields and sections; the longest one that a field lies in counts. All others are "ask".
@@ -33,6 +34,7 @@ _RULES: Mapping[str, Rule] = {
     "rollout.max_requests_in_flight": "free",
     "rollout.sglang": "free",
     "safeguards": "free",
+    "watchdog": "free",
     "weight_sync": "free",
     "mode": "keep",
     "model.dtype": "keep",
@@ -70,6 +72,9 @@ def changes_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[C
         now: Those that are asked for.
     """
     old, new = dict(_leaves(before)), dict(_leaves(now))
+    # It is about the changes themselves.
+    for leaves in (old, new):
+        leaves.pop(ACCEPTED, None)
     fields = [*new, *(field for field in old if field not in new)]
     return [
         Change(field, old.get(field, ABSENT), new.get(field, ABSENT), rule_of(field))
@@ -78,16 +83,26 @@ def changes_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[C
     ]
 
 
-def check_changes(changes: Sequence[Change], accepted: Sequence[str]) -> None:
+def check_changes(changes: Sequence[Change], accepted: Sequence[str], known: Iterable[str]) -> None:
     """Refuse differences that a resumed run may not have.
 
     Args:
         changes: The differences.
         accepted: Fields and sections that may differ although they change what is learnt.
+        known: Fields that there are.
 
     Raises:
-        ConfigError: For the first difference that is refused.
+        ConfigError: For the first difference that is refused, or a name that is none.
     """
+    fields = set(known)
+    for name in accepted:
+        require(
+            any(_lies_in(field, [name]) for field in fields),
+            field=ACCEPTED,
+            value=name,
+            rule="must name fields or sections, and there is no such one",
+            way_out="write it as in the configuration, such as optimizer.learning_rate",
+        )
     for change in changes:
         if change.rule == "keep":
             raise ConfigError(
@@ -108,6 +123,11 @@ def check_changes(changes: Sequence[Change], accepted: Sequence[str]) -> None:
                 f'"[{names}]"'
             ),
         )
+
+
+def field_names(values: Mapping[str, Any]) -> list[str]:
+    """Paths of all fields of plain values."""
+    return [field for field, _ in _leaves(values)]
 
 
 def rule_of(field: str) -> Rule:

@@ -5,7 +5,7 @@ import logging
 from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.load import load_config, plain_values
 from megatron_fipo.config.run import RunConfig
-from megatron_fipo.config.run_changes import changes_between, check_changes
+from megatron_fipo.config.run_changes import changes_between, check_changes, field_names
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.run_dir import RunDirectory
 
@@ -38,10 +38,11 @@ def check_against_earlier(config: RunConfig, directory: RunDirectory) -> bool:
             rule=f"this release cannot read the run's own configuration ({error})",
             way_out="go on with the release that began the run, or choose another directory",
         ) from error
-    changes = changes_between(plain_values(earlier), plain_values(config))
+    before, now = plain_values(earlier), plain_values(config)
+    changes = changes_between(before, now)
     for change in changes:
-        logger.warning("going on with another configuration: %s", change)
-    check_changes(changes, config.checkpoint.accept_changes)
+        logger.warning("not as in the run's configuration: %s", change)
+    check_changes(changes, config.checkpoint.accept_changes, [*field_names(before), *field_names(now)])
     return any(change.rule == "ask" for change in changes)
 
 

@@ -63,7 +63,8 @@ def train(run: Run) -> None:
             report_step(run, transfer | evaluation)
             complete_checkpoint(run)
         on_main_rank(run.stop.raise_if_asked)
-        save_now(run)
+        # Else the export has the weights.
+        save_or_fail(run, is_needed=not run.config.checkpoint.export_at_end)
         with run.stop.nothing_to_save():
             export_when_done(run)
 
@@ -89,10 +90,23 @@ def end_on_request(run: Run) -> None:
     """Bring the run to an end between two steps; a rollout or an evaluation that was broken off does not count."""
     if run.unreported is not None:
         run.unreported.metrics |= run.timer.drain()
-    if not save_now(run):
+    save_or_fail(run, is_needed=True)
+
+
+def save_or_fail(run: Run, is_needed: bool) -> None:
+    """Write a checkpoint of the last step, where there is none yet.
+
+    Args:
+        run: This rank's view.
+        is_needed: Whether the step would be lost without it.
+
+    Raises:
+        CheckpointError: It is needed, and could not be written.
+    """
+    if not save_now(run) and is_needed:
         raise CheckpointError(
-            f"the run was asked to end after step {run.finished_steps}, and its checkpoint could not be written, see "
-            "above; started again, it goes on from the one before"
+            f"step {run.finished_steps} was the last one, and its checkpoint could not be written, see above; started "
+            "again, the run goes on from the one before"
         )
 
 

@@ -76,7 +76,12 @@ def _forget_later(run: Run, has_checkpoint: bool) -> None:
         logger.warning("%s has no checkpoint yet; the run begins anew", run.directory.path)
         run.directory.forget_after(-1)
         return
-    logger.info("going on after step %d of %d", run.finished_steps, run.config.num_steps)
+    if run.finished_steps < run.config.num_steps or run.unreported is not None:
+        logger.info("going on after step %d of %d", run.finished_steps, run.config.num_steps)
+    else:
+        logger.info(
+            "all %d steps are done (num_steps = %d); raise num_steps to go on", run.finished_steps, run.config.num_steps
+        )
     run.directory.forget_after(run.finished_steps, has_metrics=run.unreported is None)
 
 

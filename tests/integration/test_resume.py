@@ -122,6 +122,7 @@ def test_changes_of_the_configuration_are_told_and_refused_or_accepted(root: Pat
         "learning rate": config(root, "changed", 3, optimizer={"learning_rate": 2e-3}),
         "prompts": config(root, "changed", 3, data=prompts(root, "hopeless", "held_out")),
         "resume": config(root, "changed", 3, checkpoint={"resume": False}),
+        "misspelt": config(root, "changed", 3, checkpoint={"accept_changes": ("optimiser",)}),
     }
     accepted = config(
         root,
@@ -145,7 +146,8 @@ def test_changes_of_the_configuration_are_told_and_refused_or_accepted(root: Pat
     assert '--checkpoint.accept_changes "[optimizer.learning_rate]"' in errors["learning rate"][1]
     assert errors["prompts"][1].startswith(f"data.train.path = {root}/hopeless.jsonl: the run in output_dir has")
     assert "must be a new or empty directory" in errors["resume"][1]
-    assert "going on with another configuration: optimizer.learning_rate: 0.001 → 0.002" in went_on.log
+    assert errors["misspelt"][1].startswith("checkpoint.accept_changes = optimiser: must name fields or sections")
+    assert "not as in the run's configuration: optimizer.learning_rate: 0.001 → 0.002" in went_on.log
     assert [line["step"] for line in lines(accepted)] == [0, 1, 2, 3]
     assert lines(accepted)[-1]["train/learning_rate"] == 2e-3
     kind, text = fingerprint.error

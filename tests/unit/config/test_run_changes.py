@@ -50,19 +50,33 @@ def test_every_rule_is_of_a_field() -> None:
             section = next(iter(sections_in(fields[key][0])), None)
 
 
+def test_every_section_has_a_rule_or_is_asked_for() -> None:
+    asked = {"algorithm", "data", "evaluation", "model", "optimizer", "reward", "rollout", "recorded_rollouts"}
+    assert {name for name in fields_of(RunConfig) if rule_of(name) == "ask"} == asked
+
+
+def test_what_is_accepted_is_no_change() -> None:
+    assert changes_between({"checkpoint": {"accept_changes": ["a"]}}, {"checkpoint": {"accept_changes": []}}) == []
+
+
+KNOWN = ["optimizer.learning_rate", "optimizer.schedule", "seed", "algorithm.type", "num_steps", "data.shuffle"]
+
+
 def change(field: str) -> Change:
     return Change(field, "one", "two", rule_of(field))
 
 
 def test_what_is_refused_names_the_way_out() -> None:
-    check_changes([change("num_steps"), change("optimizer.learning_rate")], ["optimizer"])
-    check_changes([change("optimizer.learning_rate")], ["optimizer.learning_rate"])
+    check_changes([change("num_steps"), change("optimizer.learning_rate")], ["optimizer"], KNOWN)
+    check_changes([change("optimizer.learning_rate")], ["optimizer.learning_rate"], KNOWN)
     with pytest.raises(ConfigError, match="seed = two: must stay one.*choose another output_dir"):
-        check_changes([change("optimizer.learning_rate"), change("seed")], ["seed", "optimizer"])
+        check_changes([change("optimizer.learning_rate"), change("seed")], ["seed", "optimizer"], KNOWN)
     with pytest.raises(ConfigError) as refused:
-        check_changes([change("algorithm.type"), change("num_steps"), change("data.shuffle")], ["optimizer"])
+        check_changes([change("algorithm.type"), change("num_steps"), change("data.shuffle")], ["optimizer"], KNOWN)
     text = str(refused.value)
     assert text.startswith("algorithm.type = two: the run in output_dir has one")
     assert '--checkpoint.accept_changes "[algorithm.type, data.shuffle]"' in text
     with pytest.raises(ConfigError):
-        check_changes([change("optimizer.learning_rate")], ["optimizer.learning"])
+        check_changes([change("optimizer.learning_rate")], ["optimizer.learning"], KNOWN)
+    with pytest.raises(ConfigError, match=r"checkpoint.accept_changes = optimiser.lr: must name fields or sections"):
+        check_changes([], ["optimiser.lr"], KNOWN)
