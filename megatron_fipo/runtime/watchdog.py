@@ -39,6 +39,7 @@ WRITE_S = 20.0
 """How long the report may take to be written: the file system may be what hangs."""
 _SECOND_AFTER_S = 1.0
 _PARTING_S = 2.0
+_DIED = "died without a word; the same command goes on"
 _ENDING_S = 60.0
 _LONG_PHASES = frozenset({START_UP, "rollout", "evaluation", "weight_sync", "checkpoint", "export"})
 
@@ -247,7 +248,7 @@ class Watchdog:
     def _end_with_the_dead(self) -> None:
         names = ", ".join(peer.name for peer in sorted(self._gone, key=lambda each: each.rank)[:8])
         more = f" and {len(self._gone) - 8} more ranks" if len(self._gone) > 8 else ""
-        self._begin_end(None, f"{self._settings.name} stopped: {names}{more} died without a word; the same command goes on")
+        self._begin_end(None, f"{self._settings.name} stopped: {names}{more} {_DIED}")
 
     def _hear_hub(self, message: Mapping[str, Any]) -> None:
         self._hub_heard_at = self._loop.time()
@@ -264,7 +265,7 @@ class Watchdog:
     def _lose_hub(self) -> None:
         if not self._hub_has_left and not self._is_ending:
             self._hub_is_gone = True
-            text = f"{self._settings.name} stopped: {self._line.hub_name} died without a word; the same command goes on"
+            text = f"{self._settings.name} stopped: {self._line.hub_name} {_DIED}"
             self._loop.call_later(DEATH_GRACE_S, self._begin_end, None, text)
 
     def _answer(self) -> None:

@@ -122,7 +122,8 @@ def test_a_killed_rank_ends_the_job(slurm: MiniSlurm, root: Path) -> None:
     ended = slurm.wait(job_id)
     job_log, log = logs(root, job_id)
     assert ended == Job(state="FAILED", exit_code=85), job_log + log
-    assert re.search(r"^0: megatron-fipo: the run stopped: rank 1 \(.*\) died without a word; the same command goes on$", log, re.MULTILINE)
+    died = r"^0: megatron-fipo: the run stopped: rank 1 \(.*\) died without a word; the same command goes on$"
+    assert re.search(died, log, re.MULTILINE)
     assert "Traceback" not in log
     assert slurm.command("squeue", "-h") == ""
 

@@ -66,8 +66,9 @@ def test_a_killed_rank_ends_the_others_with_one_line(killed: int, phase: str, ro
         assert seconds < DEATH_S
         told = "".join(ranks.told(rank) for rank in survivors)
         (line,) = [line for line in told.splitlines() if line.startswith("megatron-fipo: ")]
+        who = rf"rank {killed} \(\S+, process {pid}\)"
         assert re.fullmatch(
-            rf"megatron-fipo: the run stopped: rank {killed} \(\S+, process {pid}\) died without a word; the same command goes on", line
+            f"megatron-fipo: the run stopped: {who} died without a word; the same command goes on", line
         )
         assert "Traceback" not in told
 
