@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_fipo.config.weight_sync import WeightSyncConfig
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.engine import ServerAddress
-from megatron_fipo.rollout.sglang.client import SglangServer
+from megatron_fipo.rollout.sglang.client import ServerRefusedError, SglangServer
 from megatron_fipo.weight_sync.server_calls import Call, ServerCalls, failures
 
 
@@ -48,9 +48,25 @@ class WeightUpdate:
         self.fail(on_rank(0, ask))
 
     def begin(self) -> None:
-        """Make the servers' weights loadable."""
+        """Make the servers' weights loadable.
+
+        A server that this run has given no weights yet may hold an update open that an earlier, killed run began: that
+        is ended first, whatever it had loaded.
+        """
         timeout_s = self._config.timeout_s
-        self.ask_all(lambda server: server.begin_weight_update(timeout_s))
+
+        async def begin_first(server: SglangServer) -> None:
+            try:
+                await server.begin_weight_update(timeout_s)
+            except ServerRefusedError:
+                await server.end_weight_update(timeout_s)
+                await server.begin_weight_update(timeout_s)
+
+        def call_for(address: ServerAddress) -> Call[Any]:
+            is_first = address.policy_version < 0
+            return begin_first if is_first else lambda server: server.begin_weight_update(timeout_s)
+
+        self.ask_each(call_for)
 
     def end(self) -> None:
         """Make the loaded weights ready for use."""

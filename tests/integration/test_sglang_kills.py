@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_fipo.rollout.sglang.client import SglangServer, open_session
 from tests.kill_campaign import RANKS, ServedRuns, pursue, wanted
 from tests.killed_runs import Kill
 from tests.sglang_servers import RunningServer, needs_sglang
@@ -20,6 +21,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+async def leave_an_update_open(server: RunningServer) -> None:
+    async with open_session(server.api_key, 4) as session:
+        await SglangServer(server.url, session).begin_weight_update()
+
+
 def test_the_journal_gives_a_killed_run_its_batches_again(tmp_path: Path, sglang_server: RunningServer) -> None:
     runs = ServedRuns(tmp_path, sglang_server)
     # In the third step's update, whose batch is in the journal, and after the checkpoint of the second; then, in the
@@ -28,6 +34,8 @@ def test_the_journal_gives_a_killed_run_its_batches_again(tmp_path: Path, sglang
         Kill(victim="rank 1", phase="update", occurrence=3),
         Kill(victim="controller", phase="rollout", occurrence=2),
     ]
+    # As a run that was killed in a weight sync leaves it.
+    sglang_server.run(leave_an_update_open(sglang_server))
     lives = runs.live_through("killed", kills)
     assert [life.killed for life in lives] == [True, True, False]
     assert lives[-1].statuses == [0] * RANKS and not any(life.left for life in lives)
