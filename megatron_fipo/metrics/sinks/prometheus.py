@@ -46,7 +46,7 @@ class PrometheusSink:
         self._latest: dict[str, float] = {}
         registry = CollectorRegistry()
         registry.register(self)  # type: ignore[arg-type]
-        token = secrets.token_urlsafe(32)
+        token = secrets.token_hex(32)
         application = _for_holders_of(token, make_wsgi_app(registry))
         try:
             self._server = make_server("127.0.0.1", port, application, ThreadingWSGIServer, _SilentHandler)

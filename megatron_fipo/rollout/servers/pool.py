@@ -198,10 +198,10 @@ async def _started(
         settings,
         num_agents=max(config.num_agents, 1),
         max_restarts=config.max_restarts,
-        api_key=secrets.token_urlsafe(32),
+        api_key=secrets.token_hex(32),
         agents_return=config.num_agents == 0,
     )
-    token = secrets.token_urlsafe(32)
+    token = secrets.token_hex(32)
     listener = ServerListener(registry, token)
     url = await listener.open(host)
     folder.mkdir(parents=True, exist_ok=True)
