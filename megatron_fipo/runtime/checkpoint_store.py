@@ -19,10 +19,11 @@ from typing import Any
 
 import megatron_fipo
 from megatron_fipo.runtime.disk_errors import disk_errors_told, read_errors_told
-from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.errors import BreakdownError, CheckpointError
 from megatron_fipo.runtime.hashed_file import FileRecord, hash_file, hash_files
 from megatron_fipo.runtime.json_files import write_json
 from megatron_fipo.runtime.retention import Retention
+from megatron_fipo.runtime.whole_file import wait_for_disk
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class CheckpointStore:
             if path.exists():
                 _remove(path)
             partial.rename(path)
-            _sync(self.folder)
+            wait_for_disk(self.folder)
         checkpoint = Checkpoint(path, manifest)
         self._prune(checkpoint)
         return checkpoint
@@ -242,6 +243,9 @@ class CheckpointStore:
                 scores[step] = self.read(step).manifest.score
             except CheckpointError as problem:
                 logger.warning("checkpoint of step %d is damaged and left where it is: %s", step, problem)
+            except BreakdownError as problem:
+                # The new checkpoint is complete all the same.
+                logger.warning("checkpoint of step %d is left where it is: %s", step, problem)
         for step in scores.keys() - self.retention.kept(scores) - {newest.manifest.step}:
             try:
                 _remove(self.path(step))
@@ -312,13 +316,13 @@ def _sealed(folder: Path, written: Mapping[str, FileRecord]) -> dict[str, FileRe
             "system that all nodes share"
         )
     for name in names - written.keys():
-        _sync(folder / name)
+        wait_for_disk(folder / name)
     records = {name: written[name] if name in written else hash_file(folder / name) for name in sorted(names)}
     for name, record in records.items():
         if (size := (folder / name).stat().st_size) != record.size:
             raise CheckpointError(f"{folder / name}: has {size} bytes where {record.size} were written")
     for each in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-        _sync(each)
+        wait_for_disk(each)
     return records
 
 
@@ -343,14 +347,6 @@ def _files(folder: Path) -> set[str]:
     """Every file but the manifest, by its path in the folder."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     return found - {MANIFEST_FILE}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:

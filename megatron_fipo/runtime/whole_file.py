@@ -20,8 +20,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    wait_for_disk(path.parent)
+
+
+def wait_for_disk(path: Path) -> None:
+    """Return once a file, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from megatron_fipo.config.base import ConfigError, require
+from megatron_fipo.runtime.whole_file import wait_for_disk
 
 
 class WholeFolder:
@@ -96,20 +97,12 @@ class WholeFolder:
             OSError: The disk refuses.
         """
         for path in (*(each for each in self.partial.rglob("*")), self.partial):
-            _sync(path)
+            wait_for_disk(path)
         self.partial.rename(self.target)
-        _sync(self.target.absolute().parent)
+        wait_for_disk(self.target.absolute().parent)
         self._let_go()
 
     def abandon(self) -> None:
         """Remove what was written since `begin`; a disk that refuses leaves it to the next attempt."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self._let_go()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

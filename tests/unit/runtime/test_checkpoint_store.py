@@ -183,7 +183,7 @@ def test_a_save_that_failed_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(store.begin(2, 100)) == [], "begun again"
 
 
-@pytest.mark.parametrize("moment", ["write_json", "_sync", "hash_file"])
+@pytest.mark.parametrize("moment", ["write_json", "wait_for_disk", "hash_file"])
 def test_dying_before_the_end_leaves_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -279,3 +279,17 @@ def test_a_file_in_its_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_bytes(b"")
     with pytest.raises(CheckpointError, match="checkpoints: cannot be made"):
         CheckpointStore(tmp_path / "checkpoints").begin(1, 100)
+
+
+def test_an_older_checkpoint_that_cannot_be_read_does_not_undo_the_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 1)
+    manifest = tmp_path / "step_1" / "manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    with caplog.at_level(logging.WARNING):
+        write(store, 2)
+    assert store.steps() == [1, 2]
+    assert "checkpoint of step 1 is left where it is" in caplog.text
