@@ -3,7 +3,7 @@
 python -m pytest -m gpu tests/gpu/test_log_probs_cuda.py
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from megatron_fipo.actor.log_probs import VocabularyShard, linear_log_probs
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("world"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
@@ -20,14 +21,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 # Largest error of a log-probability or entropy, and ‖a − b‖ / ‖b‖ of a gradient, against float64 on the same inputs. In
 # bfloat16 the logits themselves are rounded, by up to 2⁻⁹ of their size; a float32 product may go through TF32.
 TOLERANCES = {torch.float32: (1e-3, 2e-3), torch.bfloat16: (8e-2, 1e-2)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "store"
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def draw(num_tokens: int, rows: int, hidden_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
