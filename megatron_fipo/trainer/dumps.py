@@ -8,7 +8,6 @@ run.
 import json
 import logging
 import math
-import re
 import sys
 import zipfile
 import zlib
@@ -30,7 +29,13 @@ from megatron_fipo.config.run import RunConfig
 from megatron_fipo.parallel.collectives import Arrays, broadcast_json, gather_json
 from megatron_fipo.platform.device import uses_cuda
 from megatron_fipo.rollout.batch import RecordedBatchError, load_batch, save_batch
-from megatron_fipo.runtime.checkpoint_store import Checkpoint, CheckpointStore, NewerFormatError, check_bytes
+from megatron_fipo.runtime.checkpoint_store import (
+    Checkpoint,
+    CheckpointStore,
+    NewerFormatError,
+    check_bytes,
+    read_checkpoint,
+)
 from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.hashed_file import FileRecord, hash_file
@@ -49,7 +54,6 @@ CONFIG_FILE = "config.yaml"
 BATCH_FILE = "batch.npz"
 ACTOR_FOLDER = "actor"
 
-_NAME = re.compile(r"step_([1-9][0-9]*)")
 # What a damaged archive of arrays can raise.
 _DAMAGE = (OSError, ValueError, EOFError, TypeError, RuntimeError, KeyError, zipfile.BadZipFile, zlib.error)
 
@@ -292,15 +296,17 @@ class Dump:
 
 
 def read_dump(path: Path) -> Dump:
-    """Read what a dump says of itself; its manifest, names and sizes are checked.
+    """Read what a dump says of itself; its manifest, names and sizes are checked. Its folder may have any name.
 
     Raises:
         CheckpointError: It is missing, damaged, something else, or a later release wrote it.
+        BreakdownError: It cannot be read.
     """
-    name = _NAME.fullmatch(path.absolute().name)
-    if name is None:
-        raise CheckpointError(f"{path}: is no dump, whose folder is called step_N")
-    checkpoint = CheckpointStore(path.absolute().parent).read(int(name[1]))
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such folder")
+    if not (path / DUMP_FILE).exists():
+        raise CheckpointError(f"{path}: has no {DUMP_FILE}, so it is no dump of an update")
+    checkpoint = read_checkpoint(path)
     try:
         told = json.loads((path / DUMP_FILE).read_bytes())
         version = told["format_version"]
@@ -320,7 +326,5 @@ def read_dump(path: Path) -> Dump:
             result=UpdateResult(**(result | numbers | {"metrics": metrics})),
             machine=dict(told["machine"]),
         )
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: has no {DUMP_FILE}, so it is no dump of an update") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / DUMP_FILE}: cannot be read ({error})") from error

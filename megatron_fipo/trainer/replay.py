@@ -33,7 +33,7 @@ from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.parallel.collectives import Arrays, gather_json
 from megatron_fipo.parallel.context import build_parallel_context, destroy_parallel_context
 from megatron_fipo.platform.device import compute_device
-from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.errors import BreakdownError, CheckpointError
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.build import build_actor
@@ -134,8 +134,10 @@ def refused_as_input(path: Path) -> Iterator[None]:
     """What makes a dump unfit becomes a `ConfigError`."""
     try:
         yield
-    except CheckpointError as error:
-        raise ConfigError("--replay", path, str(error), "give a whole dump, RUN/dumps/step_N") from error
+    except (BreakdownError, CheckpointError) as error:
+        # The error has the place already, and the field's value is it.
+        rule = str(error).removeprefix(f"{path}: ").replace(f"{path}/", "")
+        raise ConfigError("--replay", path, rule, "give a whole dump, RUN/dumps/step_N") from error
 
 
 def open_dump(path: Path, overrides: Sequence[str]) -> tuple[Dump, RunConfig]:
