@@ -236,15 +236,22 @@ class RolloutController:
         """Write down where it stands; generation goes on meanwhile.
 
         Raises:
-            CheckpointError: The file cannot be written.
+            CheckpointError: The file cannot be written, or a batch that was given up could not be journalled.
+        """
+        await asyncio.to_thread(write_controller_state, await self.settled_state(), path)
+
+    async def settled_state(self) -> ControllerState:
+        """Where it stands, once a batch that was being journalled is on disk.
+
+        Raises:
+            CheckpointError: That failed.
         """
         if self._journalling is not None:
             # A batch that was being handed over when it was given up: its groups are in the journal, or nowhere.
             await asyncio.wait([self._journalling])
             if (problem := self._journalling.exception()) is not None:
                 raise CheckpointError(f"the groups of the batch before are nowhere: {problem}")
-        state = self.state()
-        await asyncio.to_thread(write_controller_state, state, path)
+        return self.state()
 
     def restore(self, step: int, path: Path | None, anew: bool = False) -> None:
         """Go on where another controller stood, before anything is asked of this one.

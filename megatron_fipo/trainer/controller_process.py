@@ -16,6 +16,7 @@ from typing import Any
 from megatron_fipo.config.load import config_from_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.rollout.controller import RolloutController
+from megatron_fipo.rollout.controller_state import ControllerState, write_controller_state
 from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.rollout.servers.arguments import check_server_arguments
 from megatron_fipo.rollout.servers.pool import TrainerRanks, open_pool
@@ -58,12 +59,13 @@ class ControllerActions:
 
     def __init__(self, service: ControllerService, resources: AsyncExitStack) -> None:
         self._service, self._resources = service, resources
+        self._last_state: ControllerState | None = None
 
     @property
     def by_name(self) -> dict[str, Action]:
         """The actions, by the names that rank 0 asks for them."""
         starting = (self.prepare, self.start_servers, self.start_engine, self.restore)
-        working = (self.pause, self.resume, self.next_rollout, self.evaluate, self.save)
+        working = (self.pause, self.resume, self.next_rollout, self.evaluate, self.save, self.end_servers)
         return {action.__name__: action for action in (*starting, *working)}
 
     async def prepare(self, config: dict[str, Any], vocab_size: int, positions: int) -> Answer:
@@ -104,8 +106,24 @@ class ControllerActions:
 
     async def save(self, path: str) -> Answer:
         """Write down where the controller stands."""
-        await self._controller.save(Path(path))
+        if self._last_state is None:
+            await self._controller.save(Path(path))
+        else:
+            await asyncio.to_thread(write_controller_state, self._last_state, Path(path))
         return Answer()
+
+    async def end_servers(self) -> Answer:
+        """Free the servers' devices; where things stand can be saved still.
+
+        Returns:
+            The addresses of servers that live on, stopped where they are: those that were not started from here. The
+            others may be dead already, where a signal went to all processes of a job.
+        """
+        if self._generation.config.rollout.sglang.urls:
+            return await self.pause()
+        self._last_state = self._last_state or await self._controller.settled_state()
+        await self._resources.aclose()
+        return Answer(value=[])
 
     async def pause(self) -> Answer:
         """Wait until there are servers, and stop them where they are; gives their addresses."""

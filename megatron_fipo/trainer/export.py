@@ -44,7 +44,7 @@ def export_when_done(run: Run) -> None:
         return
     dtype = DTYPES[config.export_dtype]
     if run.rollout is not None:
-        run.rollout.yield_devices()
+        run.rollout.leave_devices()
     with run.timer.phase("export"):
         writer = _write(run, dtype)
         try:

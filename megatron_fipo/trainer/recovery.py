@@ -139,7 +139,7 @@ def save_now(run: Run) -> bool:
     if own.saved_step != run.finished_steps:
         if not own.has_begun(run.finished_steps):
             if run.rollout is not None:
-                run.rollout.yield_devices()
+                run.rollout.leave_devices()
             own.begin(run.finished_steps)
         complete_checkpoint(run)
         with run.timer.phase("checkpoint"):

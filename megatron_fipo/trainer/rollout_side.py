@@ -95,8 +95,8 @@ class RolloutSide(Protocol):
         """
         ...
 
-    def yield_devices(self) -> None:
-        """Let the trainer have the devices it shares; nothing generates before the next sync.
+    def leave_devices(self) -> None:
+        """Let the trainer have the devices it shares, for good: nothing generates from here on.
 
         Raises:
             RunError: Their memory does not become free; raised on every rank.
@@ -158,7 +158,7 @@ class EmbeddedRollouts:
         assert self.controller is not None, "rank 0 has it"
         return self.controller
 
-    def yield_devices(self) -> None:
+    def leave_devices(self) -> None:
         """Nothing: the engine lies beside the actor all the time."""
 
     def generate[T](self, drive: Callable[[RolloutController], Coroutine[Any, Any, T]]) -> T | None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class ServedRollouts:
         """A training batch."""
         arguments = {"step": step, "policy_version": policy_version}
         values, arrays = self.calls.ask("next_rollout", arguments, self._push_again, may_stop=True)
-        self.yield_devices()
+        self._to_trainer(self._pause)
         return None if values is None else unpack_rollout(values, arrays)
 
     def evaluate(self, folder: Path | None) -> dict[str, float]:
@@ -79,15 +79,22 @@ class ServedRollouts:
         """Have the controller go on where an earlier one stood."""
         self.calls.ask("restore", {"step": step, "path": None if path is None else str(path), "anew": anew})
 
-    def yield_devices(self) -> None:
-        """Take the devices' memory from servers that share them with the trainer."""
+    def leave_devices(self) -> None:
+        """Have servers that share the trainer's devices ended, where the run has started them."""
+        self._to_trainer(lambda: self._stopped("end_servers"))
+
+    def _to_trainer(self, stop_servers: Callable[[], list[ServerAddress]]) -> None:
+        """Take the devices' memory from servers that share them."""
         if self.colocation is not None and self.policy_version >= 0:
-            self.colocation.to_trainer(self._pause())
+            self.colocation.to_trainer(stop_servers())
             self.policy_version = -1
 
     def _pause(self, may_stop: bool = False) -> list[ServerAddress]:
         """Stop the servers; they stay so until the next sync."""
-        servers, _ = self.calls.ask("pause", {}, may_stop=may_stop)
+        return self._stopped("pause", may_stop)
+
+    def _stopped(self, action: str, may_stop: bool = False) -> list[ServerAddress]:
+        servers, _ = self.calls.ask(action, {}, may_stop=may_stop)
         return [ServerAddress(**each) for each in broadcast_json(servers, 0)]
 
     def _push_again(self, servers: Sequence[Mapping[str, Any]]) -> dict[str, str]:
