@@ -13,7 +13,7 @@ from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.exit_codes import GO_ON
 from tests.cli_ranks import CliRanks
 from tests.integration.small_runs import prompts, read_lines, small_run, write_inputs
-from tests.server_faults import server_lives, signal_all
+from tests.server_faults import server_lives, signal_all, wait_until
 from tests.sglang_servers import RunningServer, needs_sglang
 
 pytestmark = [pytest.mark.distributed, needs_sglang, pytest.mark.timeout(1200)]
@@ -76,11 +76,14 @@ def test_a_signal_to_a_colocated_run_and_its_servers(tmp_path: Path) -> None:
             for process in psutil.Process(ranks.processes[0].pid).children()
             if "megatron_fipo.trainer.controller_process" in process.cmdline()
         )
-        signal_all(server_lives(controller.pid)["server0"], signal.SIGTERM)
+        server = server_lives(controller.pid)["server0"]
+        signal_all(server, signal.SIGTERM)
+        wait_until(lambda: server_lives(controller.pid).get("server0") != server, "the end of the server")
         ranks.send(signal.SIGTERM)
         ranks.go_on()
         statuses, seconds = ranks.wait(120.0)
-        assert statuses == [GO_ON, GO_ON] and seconds < 30.0
+        # No server has been started again to be told to give memory back.
+        assert statuses == [GO_ON, GO_ON] and seconds < 15.0
         assert CheckpointStore(folder / "checkpoints").steps() == [1]
     with CliRanks(tmp_path / "second", ["train", path]) as ranks:
         assert ranks.wait(300.0)[0] == [0, 0]
