@@ -3,9 +3,12 @@
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+# Where a main thread waits for other ranks. Between pipeline stages, gloo's sends and receives are in no recorder.
+_WAITS = ("torch/distributed/distributed_c10d.py", "megatron/core/pipeline_parallel/p2p_communication.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +24,7 @@ class RankState:
         where: What `Whereabouts.told` gave last; empty before.
         collectives: What `last_collectives` gave, where it answered.
         stacks: Python stacks of all its threads, where it answered.
+        waits: What `waits_for_ranks` gave, where it answered.
         has_left: Whether it has ended in good order.
     """
 
@@ -32,6 +36,7 @@ class RankState:
     where: Mapping[str, Any]
     collectives: Sequence[Mapping[str, Any]] = field(default=())
     stacks: str = ""
+    waits: bool = False
     has_left: bool = False
 
     @property
@@ -45,32 +50,47 @@ class RankState:
         return bool(self.stacks)
 
 
-def python_stacks() -> str:
-    """What all threads of this process do, the main one first."""
+def python_stacks(without: Collection[int | None] = ()) -> str:
+    """What the threads of this process do, the main one first.
+
+    Args:
+        without: Identities of threads that are left out.
+    """
     threads = {thread.ident: thread for thread in threading.enumerate()}
     frames = sys._current_frames()
     main = threading.main_thread().ident
     parts = []
-    for identity in sorted(frames, key=lambda each: each != main):
+    for identity in sorted(frames.keys() - set(without), key=lambda each: each != main):
         thread = threads.get(identity)
         parts.append(f"thread {thread.name if thread else identity}:\n")
         parts += traceback.format_stack(frames[identity])
     return "".join(parts)
 
 
+def waits_for_ranks() -> bool:
+    """Whether the main thread is inside a call that other ranks have to answer."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return frame is not None and frame.f_code.co_filename.endswith(_WAITS)
+
+
 def suspects(ranks: Sequence[RankState]) -> list[str]:
-    """Sentences that name the ranks which others wait for, the surest first; none where nothing tells them apart."""
+    """Sentences that name the ranks which others wait for, the surest first; none where nothing tells them apart.
+
+    What only follows from them is left out: a rank that waits itself hands a wait on, and ranks may be in different
+    phases because one of them is late.
+    """
     found = [f"{each.name} has ended before the others" for each in ranks if each.has_left]
     found += [
         f"{each.name} has not been heard of for {each.heard_s:.0f} s: it is stopped, or its node is out of reach"
         for each in ranks
         if not each.answered and not each.has_left
     ]
-    return found + _behind_in_collectives(ranks) + _behind_in_phases(ranks)
+    first, handed_on = _behind_in_collectives(ranks)
+    return found + first or handed_on or _behind_in_phases(ranks)
 
 
-def _behind_in_collectives(ranks: Sequence[RankState]) -> list[str]:
-    """Ranks that did not come to a collective in which others are; those that wait elsewhere only hand a wait on."""
+def _behind_in_collectives(ranks: Sequence[RankState]) -> tuple[list[str], list[str]]:
+    """Ranks that did not come to a collective in which others are: those that wait nowhere, and those that do."""
     groups: dict[str, dict[int, Mapping[str, Any]]] = {}
     for each in ranks:
         for collective in each.collectives:
@@ -78,7 +98,7 @@ def _behind_in_collectives(ranks: Sequence[RankState]) -> list[str]:
             if not collective["is_p2p"]:
                 groups.setdefault(collective["group"], {})[each.rank] = collective
     names = {each.rank: each.name for each in ranks}
-    waiting = {rank for members in groups.values() for rank, each in members.items() if not each["is_over"]}
+    waiting = {each.rank for each in ranks if each.waits or not all(one["is_over"] for one in each.collectives)}
     first: list[str] = []
     handed_on: list[str] = []
     for group, members in groups.items():
@@ -91,7 +111,7 @@ def _behind_in_collectives(ranks: Sequence[RankState]) -> list[str]:
                     f"{_listed([names[rank] for rank in sorted(some)])} did not come to {newest['what']} number "
                     f"{newest['number']} of group {group}, awaited by {_listed([f'rank {rank}' for rank in there])}"
                 )
-    return first or handed_on
+    return first, handed_on
 
 
 def _behind_in_phases(ranks: Sequence[RankState]) -> list[str]:
@@ -131,7 +151,7 @@ def summary(reason: str, ranks: Sequence[RankState]) -> str:
 
 def report(reason: str, ranks: Sequence[RankState]) -> str:
     """What is written: the summary, then every rank by itself."""
-    lines = [reason, "", "Who is waited for:"]
+    lines = [reason, 'How to read this: docs/operations.md, "The stall report".', "", "Who is waited for:"]
     lines += [f"  {each}" for each in suspects(ranks) or ["nothing tells the ranks apart"]]
     queues: Mapping[str, int] = next((each.where["queues"] for each in ranks if each.where.get("queues")), {})
     if queues:
@@ -141,11 +161,13 @@ def report(reason: str, ranks: Sequence[RankState]) -> str:
         lines.append(f"  {each.name}: {_place(each.where)}; no progress for {each.idle_s:.0f} s")
     for each in ranks:
         lines += ["", f"--- {each.name}, heard of {each.heard_s:.1f} s ago"]
+        lines += ["Last call in each process group:"] if each.collectives else []
         for collective in each.collectives:
             state = "over" if collective["is_over"] else "WAITS IN IT"
             lines.append(
-                f"group {collective['group']}: {collective['what']} number {collective['number']}, inputs "
+                f"  group {collective['group']}: {collective['what']} number {collective['number']}, inputs "
                 f"{collective['sizes']}, {state}"
             )
-        lines += ["", each.stacks or "It did not answer, so its stacks are not known."]
+        stacks = f"Python stacks, innermost call last:\n{each.stacks}" if each.answered else "It did not answer."
+        lines += ["", stacks]
     return "\n".join(lines) + "\n"

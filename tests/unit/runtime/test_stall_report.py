@@ -1,3 +1,4 @@
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +47,17 @@ def test_a_rank_that_waits_itself_is_not_the_one() -> None:
     ]
 
 
+def test_a_rank_that_waits_for_another_stage_is_not_the_one() -> None:
+    """No recorder lists what it waits for, its stack does."""
+    other = {"group": "6 DP", "what": "gloo:all_reduce", "number": 3, "sizes": [[9]], "is_over": False, "is_p2p": False}
+    ahead = rank(2, collectives=[other])
+    late = [other | {"number": 2, "is_over": True}]
+    behind = rank(1, collectives=[*rank(1, collective=6, is_over=True).collectives, *late], waits=True)
+    assert suspects([rank(0), behind, ahead, rank(3, collectives=late)]) == [
+        "rank 3 (node1, process 103) did not come to gloo:all_reduce number 3 of group 6 DP, awaited by rank 2"
+    ]
+
+
 def test_ranks_behind_nobody_waits_for_are_not_named() -> None:
     """They are between collectives, and so are the others."""
     assert suspects([rank(0, is_over=True), rank(1, collective=6, is_over=True)]) == []
@@ -53,7 +65,8 @@ def test_ranks_behind_nobody_waits_for_are_not_named() -> None:
 
 
 def test_a_silent_rank_and_one_that_has_left_come_first() -> None:
-    silent = rank(1, heard_s=42.0, stacks="", collectives=[])
+    """The others' phases only follow from that."""
+    silent = rank(1, "old_log_probs", heard_s=42.0, stacks="", collectives=[])
     left = rank(2, has_left=True, stacks="", collectives=[])
     assert suspects([rank(0), silent, left]) == [
         "rank 2 (node1, process 102) has ended before the others",
@@ -92,3 +105,4 @@ def test_stacks_begin_with_the_main_thread() -> None:
     stacks = python_stacks()
     assert stacks.startswith("thread MainThread:\n")
     assert "test_stacks_begin_with_the_main_thread" in stacks
+    assert python_stacks({threading.get_ident()}).count("thread MainThread:") == 0
