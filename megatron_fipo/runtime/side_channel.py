@@ -8,6 +8,7 @@ import asyncio
 import hmac
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -86,6 +87,12 @@ class Hub:
             if not peer.writer.is_closing():
                 peer.writer.write(encoded)
 
+    def wake(self) -> None:
+        """Let ranks go on that were stopped (SIGSTOP), as far as they are on this node: they are to hear something."""
+        for peer in self.peers.values():
+            if not peer.writer.is_closing():
+                _wake(peer.host, peer.process)
+
     async def close(self, patience_s: float = 0.0) -> None:
         """Wait a while for the others to close their ends, then close this one."""
         with suppress(TimeoutError):
@@ -147,6 +154,7 @@ class Line:
         self._hear, self._lose = hear, lose
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._hub = ("", 0)
         self.hub_name = "rank 0"
 
     async def connect(self, address: Mapping[str, Any], rank: int) -> None:
@@ -161,7 +169,8 @@ class Line:
         """
         async with asyncio.timeout(_HELLO_S):
             reader, self._writer = await asyncio.open_connection(address["host"], address["port"])
-        self.hub_name = f"rank 0 ({address['name']}, process {address['process']})"
+        self._hub = address["name"], address["process"]
+        self.hub_name = "rank 0 ({}, process {})".format(*self._hub)
         _give_up_silence(self._writer)
         self.send({"token": address["token"], "rank": rank, "host": socket.gethostname(), "process": os.getpid()})
         self._reading = asyncio.ensure_future(self._read(reader))
@@ -175,6 +184,11 @@ class Line:
         """Tell rank 0 something, if it is there; returns at once."""
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(encode_message(message))
+
+    def wake(self) -> None:
+        """Let rank 0 go on where it was stopped, if it is on this node."""
+        if self.is_open:
+            _wake(*self._hub)
 
     async def close(self) -> None:
         """Close this end, once all is sent."""
@@ -203,6 +217,13 @@ async def _read_hello(reader: asyncio.StreamReader) -> Mapping[str, Any]:
             raise ValueError("too long")
         hello = decode_body(await reader.readexactly(size))
     return hello if isinstance(hello, dict) else {}
+
+
+def _wake(host: str, process: int) -> None:
+    """Let a process go on, on this node; one that runs does not notice."""
+    if host == socket.gethostname():
+        with suppress(OSError):
+            os.kill(process, signal.SIGCONT)
 
 
 def _give_up_silence(writer: asyncio.StreamWriter) -> None:

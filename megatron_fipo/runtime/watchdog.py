@@ -21,7 +21,7 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.exit_codes import FAILED, GO_ON
 from megatron_fipo.runtime.side_channel import Hub, Line, Peer
-from megatron_fipo.runtime.stall_report import RankState, python_stacks, report, summary
+from megatron_fipo.runtime.stall_report import RankState, python_stacks, report, summary, waits_for_ranks
 from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
 from megatron_fipo.runtime.stop_signals import stop_signals
 from megatron_fipo.runtime.whereabouts import START_UP, Whereabouts
@@ -39,7 +39,8 @@ WRITE_S = 20.0
 """How long the report may take to be written: the file system may be what hangs."""
 _SECOND_AFTER_S = 1.0
 _PARTING_S = 2.0
-_DIED = "died without a word; the same command goes on"
+_GOES_ON = "the same command goes on"
+_DIED = f"died without a word; {_GOES_ON}"
 _ENDING_S = 60.0
 _LONG_PHASES = frozenset({START_UP, "rollout", "evaluation", "weight_sync", "checkpoint", "export"})
 
@@ -185,6 +186,7 @@ class Watchdog:
                 self._ask(number.name)
             elif self._line.is_open:
                 self._line.send({"signal": number.name})
+                self._line.wake()
             else:
                 self._leave(self._stop_status(number.name), "")
         # A launcher passes on what it got itself, within moments.
@@ -199,6 +201,7 @@ class Watchdog:
             self._asked_at = self._loop.time()
             self._stop.ask(signal_name)
             self._hub.send({"stop": signal_name})
+            self._hub.wake()
             self._see_to_stop()
 
     def _see_to_stop(self) -> None:
@@ -233,6 +236,8 @@ class Watchdog:
         if "at_once" in message:
             signal_name, status = message["at_once"]
             self._begin_end(status, self._at_once(signal_name))
+        if "end" in message:
+            self._begin_end(message["end"], "")
         if "failed" in message:
             peer.has_left = True
             self._begin_end(FAILED, f"{self._settings.name} stopped: {message['failed']}")
@@ -274,7 +279,9 @@ class Watchdog:
         self._loop.call_soon_threadsafe(self._line.send, answer)
 
     def _own_answer(self) -> dict[str, Any]:
-        return {"stacks": python_stacks(), "collectives": self._last_collectives()}
+        # The watchdog's own threads say nothing of the run.
+        own = {self._thread.ident, threading.get_ident()}
+        return {"stacks": python_stacks(own), "waits": waits_for_ranks(), "collectives": self._last_collectives()}
 
     # Hangs.
 
@@ -310,16 +317,22 @@ class Watchdog:
         longest = self._settings.stall_after_s
         if not longest or self._is_ending:
             return
-        silent = [each for each in states if each.heard_s > longest and not each.has_left]
+        silent_s = max(each.heard_s for each in states if not each.has_left)
         idle_s = min(each.idle_s for each in states)
-        allowed = [self._allowed(each) for each in states if not each.has_left]
-        if silent or (all(allowed) and idle_s > min(allowed)):
-            await self._explain(idle_s)
+        allowed = min((self._allowed(each) for each in states if not each.has_left), key=lambda each: each[1])
+        if silent_s > longest:
+            reason = f"nothing has been heard of a rank for {silent_s:.0f} s (watchdog.stall_after_s = {longest:g})"
+            await self._explain(reason)
+        elif allowed[1] and idle_s > allowed[1]:
+            await self._explain(
+                f"no rank has made progress for {idle_s:.0f} s (watchdog.{allowed[0]} = {allowed[1]:g})"
+            )
 
-    def _allowed(self, state: RankState) -> float:
-        """Seconds that a rank may go without progress where it is."""
-        is_long = state.where.get("phase", START_UP) in _LONG_PHASES
-        return self._settings.long_stall_after_s if is_long else self._settings.stall_after_s
+    def _allowed(self, state: RankState) -> tuple[str, float]:
+        """Seconds that a rank may go without progress where it is, 0 for any number; and the setting's name."""
+        if state.where.get("phase", START_UP) in _LONG_PHASES:
+            return "long_stall_after_s", self._settings.long_stall_after_s
+        return "stall_after_s", self._settings.stall_after_s
 
     def _states(self, own_answer: Mapping[str, Any] | None = None) -> list[RankState]:
         now, answer = self._loop.time(), own_answer or {}
@@ -347,7 +360,7 @@ class Watchdog:
         ]
         return [own, *others]
 
-    async def _explain(self, idle_s: float) -> None:
+    async def _explain(self, reason: str) -> None:
         """On rank 0: find out what every rank does, write it down, and end the run."""
         for peer in self._hub.peers.values():
             peer.answer = {}
@@ -357,8 +370,7 @@ class Watchdog:
             async with asyncio.timeout(ANSWER_S):
                 while any(self._may_answer(peer) for peer in self._hub.peers.values()):
                     await asyncio.sleep(0.05)
-        reason = f"{self._settings.name} hangs: no rank has made progress for {idle_s:.0f} s"
-        await self._report_stall(reason, self._states(await own))
+        await self._report_stall(f"{self._settings.name} hangs: {reason}", self._states(await own))
 
     def _may_answer(self, peer: Peer) -> bool:
         """Whether an answer may still come."""
@@ -374,8 +386,7 @@ class Watchdog:
             return
         own = await self._loop.run_in_executor(None, self._own_answer)
         reason = f"{self._settings.name} hangs: {self._line.hub_name} has not been heard of for {silent_s:.0f} s"
-        state = self._states(own)[:1]
-        await self._report_stall(reason, state)
+        await self._report_stall(reason, self._states(own)[:1])
 
     async def _report_stall(self, reason: str, states: Sequence[RankState]) -> None:
         step = states[0].where["step"]
@@ -392,7 +403,10 @@ class Watchdog:
             place = f"all of it is in {path}"
         except (OSError, TimeoutError) as error:
             place = f"the report could not be written to {path} ({error or 'the file system does not answer'})"
-        self._begin_end(None, f"{summary(reason, states) if self._is_main else reason}; {place}")
+        if not self._is_main:
+            # Rank 0, once it is awake, ends the others, which write a report of their own.
+            await asyncio.sleep(_PARTING_S)
+        self._begin_end(None, f"{summary(reason, states) if self._is_main else reason}; {place}; {_GOES_ON}")
 
     # Ends.
 
@@ -407,8 +421,12 @@ class Watchdog:
             status = await self._loop.run_in_executor(None, self._breakdown_status)
         if self._is_main:
             self._hub.send({"end": status})
+            self._hub.wake()
             await self._hub.close(_PARTING_S)
         else:
+            # Else rank 0, which was stopped perhaps, would take it for a death.
+            self._line.send({"end": status})
+            self._line.wake()
             await self._line.close()
         self._leave(status, text if self._is_main or self._settings.speaks else "")
 

@@ -135,11 +135,13 @@ def test_a_stopped_rank_is_named_by_the_stall_report(root: Path, tmp_path: Path)
         )
         assert re.search(missing, report)
         assert re.search(missing, ranks.last_line(0))
-        assert ranks.last_line(0).startswith("megatron-fipo: the run hangs: no rank has made progress for ")
-        assert ranks.last_line(0).endswith(".txt")
-        # When it comes to again, it finds that the run has ended.
-        ranks.send(signal.SIGCONT, 1)
-        assert ranks.wait(60.0, 1)[0] == [GO_ON]
+        assert re.search(
+            r": the run hangs: nothing has been heard of a rank for \d+ s \(watchdog\.stall_after_s = 4\); rank 1 .*"
+            r"; all of it is in \S+\.txt; the same command goes on$",
+            ranks.last_line(0),
+        )
+        # It is woken, and hears that the run has ended.
+        assert ranks.wait(10.0, 1)[0] == [GO_ON]
 
 
 def test_the_stall_report_tells_who_waits_for_whom(root: Path, tmp_path: Path) -> None:
@@ -154,12 +156,24 @@ def test_the_stall_report_tells_who_waits_for_whom(root: Path, tmp_path: Path) -
         assert re.search(r"rank 1 \(\S+, process \d+\) did not come to gloo:\w+ number \d+ of group ", report)
         assert "step 2, update" in report
         assert "micro-batch 1 of " in report
+        assert "thread watchdog" not in report
         # Where each of them is, in Python.
         assert "WAITS IN IT" in report
         assert report.count("thread MainThread:") == 2
         assert "update_policy" in report
         assert "text := parent.recv()" in report
         assert "Traceback" not in ranks.told(0) + ranks.told(1)
+
+
+@pytest.mark.exhaustive
+def test_the_stall_report_sees_through_waits_between_pipeline_stages(root: Path, tmp_path: Path) -> None:
+    sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
+    config = small_run(root, "stages", num_steps=1000, parallelism=sizes, watchdog=STALL | {"long_stall_after_s": 60.0})
+    with CliRanks(tmp_path, train(config), world_size=8, hold_at=(2, "update"), holding=5) as ranks:
+        ranks.wait_until_held()
+        assert ranks.wait(60.0)[0] == [GO_ON] * 8
+    named = re.findall(r"^  (.*) did not come to ", only_report(config), re.MULTILINE)
+    assert named and all(re.fullmatch(r"rank 5 \(\S+, process \d+\)", each) for each in named)
 
 
 @pytest.mark.exhaustive
@@ -174,4 +188,6 @@ def test_ranks_end_where_rank_0_is_stopped(root: Path, tmp_path: Path) -> None:
         assert re.search(
             r"the run hangs: rank 0 \(.*\) has not been heard of for \d+ s; all of it is in", ranks.told(1)
         )
+        assert ranks.wait(10.0, 0)[0] == [GO_ON]
+        assert "died" not in ranks.told(0) + ranks.told(1)
         assert "thread MainThread:" in only_report(config)

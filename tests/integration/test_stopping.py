@@ -106,6 +106,22 @@ def test_a_signal_to_one_rank_ends_all(
         assert saved_steps(config) == saved
 
 
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
+def test_a_rank_that_stands_still_is_woken_to_save(stopped: int, root: Path, tmp_path: Path) -> None:
+    """Stopped by Ctrl-Z or a debugger, it would hold up the end until the launcher kills it."""
+    config = endless(root, f"woken_{stopped}")
+    with CliRanks(tmp_path, train(config), hold_at=(2, "update"), holding=stopped) as ranks:
+        ranks.wait_until_held()
+        ranks.send(signal.SIGSTOP, stopped)
+        ranks.go_on()
+        ranks.send(signal.SIGTERM, 1 - stopped)
+        statuses, seconds = ranks.wait(60.0)
+        assert statuses == [GO_ON, GO_ON]
+        assert seconds < BOUND_S
+        assert ranks.last_line(0) == ended(signal.SIGTERM)
+        assert saved_steps(config) == [2]
+
+
 def test_ctrl_c_on_one_rank(root: Path, tmp_path: Path) -> None:
     config = small_run(root, "alone", num_steps=1000)
     with CliRanks(tmp_path, train(config), world_size=1, hold_at=(2, "rollout")) as ranks:
