@@ -22,16 +22,11 @@ class WholeFolder:
         self.partial = target.with_name(f".{target.name}.partial")
         self._handle: int | None = None
 
-    def begin(self, num_bytes: int) -> None:
-        """Make the hidden folder; what an interrupted attempt left there is removed.
-
-        Args:
-            num_bytes: Space that its files will take.
+    def check(self) -> Path:
+        """See that the folder can be made; returns the nearest folder above it that exists.
 
         Raises:
-            ConfigError: The target is taken, another process writes it, its parent may not be written to, or there is
-                not so much space.
-            OSError: The disk refuses for another reason.
+            ConfigError: The target is taken, or its parent may not be written to.
         """
         taken = self.target.is_symlink() or self.target.exists()
         if taken and self.target.is_dir() and not self.target.is_symlink():
@@ -51,6 +46,19 @@ class WholeFolder:
             rule=f"must be in a folder that this user may write to, and {nearest} is none",
             way_out="choose another folder or mend its permissions",
         )
+        return nearest
+
+    def begin(self, num_bytes: int) -> None:
+        """Make the hidden folder; what an interrupted attempt left there is removed.
+
+        Args:
+            num_bytes: Space that its files will take.
+
+        Raises:
+            ConfigError: See `check`; or another process writes it, or there is not so much space.
+            OSError: The disk refuses for another reason.
+        """
+        nearest = self.check()
         if self.partial.exists():
             self._hold()
             shutil.rmtree(self.partial)

@@ -274,7 +274,7 @@ def sealed_again(checkpoint: Path) -> None:
 
 
 BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no manifest": (without_manifest, "ConfigError: SOURCE = {bad}: is neither a checkpoint (manifest.json) nor"),
+    "no manifest": (without_manifest, "ConfigError: RUN|CHECKPOINT = {bad}: is neither a checkpoint (manifest.json"),
     "truncated": (truncated, "CheckpointError: {bad}/actor/__0_0.distcp: has 10000 bytes where"),
     "corrupted": (corrupted, "CheckpointError: {bad}/actor/__0_0.distcp: other bytes than were written (SHA-256 diff"),
     "newer": (of_a_later_release, "NewerFormatError: {bad}/manifest.json: format version 99, and this release reads 1"),
@@ -286,10 +286,10 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "contradiction": (
         with_a_contradiction,
-        "ConfigError: model.path = {bad}/model: describes no model that transformers",
+        "ConfigError: RUN|CHECKPOINT = {bad}/model: describes no model that transfo",
     ),
     "GPT-2": (of_no_known_architecture, "ConfigError: config.json = GPT2LMHeadModel: is no architecture that is conv"),
-    "own code": (with_code, "ConfigError: model.path = {bad}/model: asks for code of its own to be run (auto_map in"),
+    "own code": (with_code, "ConfigError: RUN|CHECKPOINT = {bad}/model: asks for code of its own to be run (auto"),
     "code in the index": (with_code_in_the_index, "CheckpointError: {bad}/actor/.metadata asks for posix.system, whi"),
     "code in a tensor": (
         with_code_in_a_tensor,
@@ -349,7 +349,7 @@ def test_of_a_run_the_newest_whole_checkpoint_is_taken(root: Path, tmp_path: Pat
     assert told[3].startswith(
         "ConfigError: --step = 2: must be left out where a checkpoint is named, which is of step 1"
     )
-    assert told[4].startswith(f"ConfigError: SOURCE = {run}/nowhere: is neither a checkpoint (manifest.json) nor a run")
+    assert told[4].startswith(f"ConfigError: RUN|CHECKPOINT = {run}/nowhere: is neither a checkpoint (manifest.json) ")
 
 
 def from_damaged_run(run: Path) -> list[str]:
@@ -384,10 +384,10 @@ def change(folder: Path, **changes: Any) -> None:
 
 
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "absent": (shutil.rmtree, "ConfigError: model.path = {bad}: must be a Hugging Face model folder, and there is no"),
+    "absent": (shutil.rmtree, "ConfigError: HF = {bad}: must be a Hugging Face model folder, and there is no"),
     "truncated": (
         half_a_model,
-        "ConfigError: model.path = {bad}: has a cut-off weight file: model.safetensors is 100000",
+        "ConfigError: HF = {bad}: has a cut-off weight file: model.safetensors is 100000",
     ),
     "other shapes": (
         other_shapes,
@@ -399,7 +399,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "own code": (
         own_code,
-        "ConfigError: model.path = {bad}: asks for code of its own to be run (auto_map in config.json)",
+        "ConfigError: HF = {bad}: asks for code of its own to be run (auto_map in config.json)",
     ),
 }
 
@@ -446,6 +446,35 @@ def into_taken_places(root: Path, out: Path) -> dict[str, str]:
     told = {kind: convert_here("to-hf", root / "run", out / kind / "out") for kind in ("folder", "file", "link")}
     told["empty"] = convert_here("to-hf", root / "run", out / "empty")
     return told | {"file above": convert_here("to-hf", root / "run", out / "file" / "out" / "deeper")}
+
+
+def test_what_is_whole_stays_so(root: Path, tmp_path: Path) -> None:
+    """A place inside of it is refused before anything is read."""
+    run = tmp_path / "run"
+    shutil.copytree(root / "run" / "checkpoints" / "step_1", run / "checkpoints" / "step_1")
+    (run / "config.yaml").touch()
+    shutil.copytree(root / "model", tmp_path / "model")
+    before = all_files(tmp_path)
+    told = run_distributed(into_whole_things, 1, run, tmp_path / "model")[0]
+    for (place, what), each in zip(
+        (
+            (run / "checkpoints" / "step_1", "a checkpoint"),
+            (run / "checkpoints", "where a run has its checkpoints"),
+            (tmp_path / "model", "a model folder"),
+        ),
+        told,
+        strict=True,
+    ):
+        assert each.startswith("ConfigError: OUT = ") and f": must not lie in {place}, which is {what}; choo" in each
+    assert all_files(tmp_path) == before
+
+
+def into_whole_things(run: Path, model: Path) -> list[str]:
+    return [
+        convert_here("to-hf", run / "nowhere", run / "checkpoints" / "step_1" / "deeper" / "hf"),
+        convert_here("to-megatron", model, run / "checkpoints" / "step_2"),
+        convert_here("to-megatron", model, model / "checkpoint"),
+    ]
 
 
 # What it leaves behind.

@@ -34,7 +34,7 @@ from megatron_fipo.trainer.convert.options import ConvertOptions
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "checkpoints"
 # What a checkpoint has beside a model's weights.
 _NOT_WEIGHTS = ("optimizer.state.", "random_states")
 
@@ -59,7 +59,7 @@ class CheckpointSource:
     @property
     def run(self) -> Path | None:
         """The run directory that it lies in."""
-        in_run = self.path.resolve().parent.name == _CHECKPOINTS
+        in_run = self.path.resolve().parent.name == CHECKPOINTS
         return self.path.resolve().parent.parent if in_run else None
 
     def weights(self) -> "CheckpointWeights":
@@ -207,11 +207,11 @@ def _find(path: Path, step: int | None, before: int | None) -> Checkpoint:
             way_out="name the run directory instead, or leave --step out",
         )
         return checkpoint
-    store = CheckpointStore(path / _CHECKPOINTS)
+    store = CheckpointStore(path / CHECKPOINTS)
     steps = store.steps()
     if not steps:
         raise ConfigError(
-            field="SOURCE",
+            field="RUN|CHECKPOINT",
             value=path,
             rule=f"is neither a checkpoint ({MANIFEST_FILE}) nor a run directory with checkpoints",
             way_out="name a run's output_dir, or one of its checkpoints/step_N",

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from megatron_fipo.config.base import require
 from megatron_fipo.trainer.convert.options import ConvertOptions
@@ -16,6 +16,12 @@ Converts between checkpoints and Hugging Face folders, tensor by tensor: on one 
 srun starts, which share the work. What was written is compared with what it was made from, and a difference leaves no
 folder behind. docs/conversion.md says what is compared, and how.
 """
+# What the two folders of each direction are called.
+_FOLDERS: Final = {
+    "to-hf": ("RUN|CHECKPOINT", "OUT"),
+    "to-megatron": ("HF", "OUT"),
+    "verify": ("RUN|CHECKPOINT", "HF"),
+}
 _CHECKPOINT_HELP = "a run directory, or one of its checkpoints (RUN/checkpoints/step_N)"
 
 
@@ -34,6 +40,11 @@ class Conversion:
     source: Path
     target: Path
     options: ConvertOptions
+
+    def word_for(self, path: Path) -> str:
+        """The word of the command that stands for a path: the source, what lies in it, or else the target."""
+        source, target = _FOLDERS[self.direction]
+        return source if path.is_relative_to(self.source) else target
 
 
 def parse(words: Sequence[str]) -> Conversion:
@@ -70,25 +81,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_to_hf(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN|CHECKPOINT", type=Path, help=_CHECKPOINT_HELP)
-    parser.add_argument("target", metavar="OUT", type=Path, help="the new folder")
+    _add_folders(parser, "to-hf", _CHECKPOINT_HELP, "the new folder")
     _add_reading(parser)
     _add_writing(parser)
     _add_verifying(parser, ["all", "bytes", "logits", "nothing"])
 
 
 def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="HF", type=Path, help="a Hugging Face model folder with safetensors")
-    parser.add_argument("target", metavar="OUT", type=Path, help="the new checkpoint, which holds weights alone")
+    help_texts = ("a Hugging Face model folder with safetensors", "the new checkpoint, which holds weights alone")
+    _add_folders(parser, "to-megatron", *help_texts)
     _add_writing(parser)
     _add_verifying(parser, ["all", "bytes", "logits", "nothing"])
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN|CHECKPOINT", type=Path, help=_CHECKPOINT_HELP)
-    parser.add_argument("target", metavar="HF", type=Path, help="the Hugging Face folder")
+    _add_folders(parser, "verify", _CHECKPOINT_HELP, "the Hugging Face folder")
     _add_reading(parser)
     _add_verifying(parser, ["all", "bytes", "logits"])
+
+
+def _add_folders(parser: argparse.ArgumentParser, direction: str, *help_texts: str) -> None:
+    for name, word, text in zip(("source", "target"), _FOLDERS[direction], help_texts, strict=True):
+        parser.add_argument(name, metavar=word, type=Path, help=text)
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
