@@ -25,7 +25,8 @@ class CheckpointConfig:
     """Keep so many checkpoints with the best best_metric, too."""
 
     best_metric: str = ""
-    """Metric of metrics.jsonl that keep_best looks at, such as "eval/average"; a step without it has no rank."""
+    """Metric of metrics.jsonl that keep_best looks at, such as "eval/accuracy"; a step without it, as where no
+    evaluation was due, has no rank."""
 
     best_is: Literal["highest", "lowest"] = "highest"
     """Which value of best_metric is the best."""

@@ -1,5 +1,6 @@
 """The whole run: every section, and the checks that span sections."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -138,6 +139,7 @@ class RunConfig:
             rule=f"must exceed rollout.sglang.start_timeout_s = {longest_start:g}: servers that start are no hang",
             way_out="raise it, or lower the other",
         )
+        self._check_safeguards()
         if not recorded:
             self.reward.check_response_limit(self.rollout.max_response_tokens)
         if self.data is None:
@@ -157,6 +159,27 @@ class RunConfig:
         if self.weight_sync.pause != "auto":
             return self.weight_sync.pause
         return "abort" if self.rollout.colocated or self.rollout.partial_rollouts else "retract"
+
+    def _check_safeguards(self) -> None:
+        """Refuse safeguards that could never act."""
+        own, clamp = self.safeguards, self.algorithm.log_ratio_clamp
+        require(
+            own.on_exploding_ratio == "warn" or own.max_log_ratio < clamp or math.isinf(own.max_log_ratio),
+            field="safeguards.max_log_ratio",
+            value=own.max_log_ratio,
+            rule=(
+                f"must be below algorithm.log_ratio_clamp = {clamp:g}, the largest that is seen, where "
+                f'on_exploding_ratio is not "warn"'
+            ),
+            way_out="lower it, or use .inf for no limit",
+        )
+        require(
+            self.mode == "train_only" or own.dump_update <= self.algorithm.updates_per_rollout,
+            field="safeguards.dump_update",
+            value=own.dump_update,
+            rule=f"a step has algorithm.updates_per_rollout = {self.algorithm.updates_per_rollout} updates",
+            way_out="name one of them, from 1",
+        )
 
     def _check_lengths(self, max_prompt_tokens: int) -> None:
         """Refuse prompts and responses that together exceed the token budget or the context."""

@@ -81,7 +81,11 @@ class SafeguardsConfig:
             "max_steps_without_signal": (self.max_steps_without_signal >= 1, "must be at least 1", "5 is usual"),
             "max_dumps": (self.max_dumps >= 0, "must not be negative", "0 keeps none"),
             "dump_step": (self.dump_step is None or self.dump_step >= 1, "must be at least 1", "steps begin at 1"),
-            "dump_update": (self.dump_update >= 1, "must be at least 1", "updates are counted from 1"),
+            "dump_update": (
+                self.dump_update == 1 or (self.dump_update > 1 and self.dump_step is not None),
+                "must be at least 1, and is of dump_step, which must be given with it",
+                "updates are counted from 1; set dump_step, too",
+            ),
         }
         for field, (holds, rule, way_out) in limits.items():
             require(holds, field=field, value=getattr(self, field), rule=rule, way_out=way_out)

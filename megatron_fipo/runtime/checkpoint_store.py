@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import megatron_fipo
-from megatron_fipo.runtime.disk_errors import disk_errors_told, read_errors_told
-from megatron_fipo.runtime.errors import BreakdownError, CheckpointError
+from megatron_fipo.runtime.disk_errors import disk_errors_told, read_errors_told, size_text
+from megatron_fipo.runtime.errors import CheckpointError, RunError
 from megatron_fipo.runtime.hashed_file import FileRecord, hash_file, hash_files
 from megatron_fipo.runtime.json_files import write_json
 from megatron_fipo.runtime.retention import Retention
@@ -131,8 +131,8 @@ class CheckpointStore:
             free = self._free_bytes(self.folder)
             if free < num_bytes * _SPARE:
                 raise CheckpointError(
-                    f"{self.folder}: {free / 1024**3:.2f} GiB are free and a checkpoint needs "
-                    f"{num_bytes * _SPARE / 1024**3:.2f}; free some space, lower checkpoint.keep_last, or take another "
+                    f"{self.folder}: {size_text(free)} are free and a checkpoint needs "
+                    f"{size_text(num_bytes * _SPARE)}; free some space, lower checkpoint.keep_last, or take another "
                     "output_dir"
                 )
             partial.mkdir()
@@ -209,22 +209,31 @@ class CheckpointStore:
         return checkpoint
 
     def newest_valid(self, check_hashes: bool = True, before: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint that is not damaged; the log warns of every one that is.
+        """The newest checkpoint that is not damaged, None where there are none; the log warns of every damaged one.
 
         Args:
             check_hashes: Whether to read every byte.
             before: Look at older ones than of this step alone.
 
         Raises:
+            CheckpointError: There are only damaged ones.
             NewerFormatError: The newest was written by a later release, which is no damage.
+            BreakdownError: One cannot be read.
         """
-        for step in reversed([each for each in self.steps() if before is None or each < before]):
+        with read_errors_told(self.folder):
+            steps = self.steps()
+        for step in reversed([each for each in steps if before is None or each < before]):
             try:
                 return self.read(step, check_hashes)
             except NewerFormatError:
                 raise
             except CheckpointError as problem:
                 self.warn_of(step, problem)
+        if steps:
+            raise CheckpointError(
+                f"{self.folder}: none of its {len(steps)} checkpoints is whole; bring back a copy, or remove it to "
+                "begin the run anew"
+            )
         return None
 
     @staticmethod
@@ -238,13 +247,16 @@ class CheckpointStore:
     def _prune(self, newest: Checkpoint) -> None:
         """Remove what need not stay; damaged checkpoints are left to a person."""
         scores = {newest.manifest.step: newest.manifest.score}
-        for step in self.steps():
+        # The new checkpoint is complete, whatever happens to the others.
+        try:
+            steps = self.steps()
+        except OSError as error:
+            logger.warning("no checkpoint is removed: %s cannot be read (%s)", self.folder, error.strerror)
+            return
+        for step in steps:
             try:
                 scores[step] = self.read(step).manifest.score
-            except CheckpointError as problem:
-                logger.warning("checkpoint of step %d is damaged and left where it is: %s", step, problem)
-            except BreakdownError as problem:
-                # The new checkpoint is complete all the same.
+            except RunError as problem:
                 logger.warning("checkpoint of step %d is left where it is: %s", step, problem)
         for step in scores.keys() - self.retention.kept(scores) - {newest.manifest.step}:
             try:

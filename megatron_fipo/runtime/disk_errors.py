@@ -20,9 +20,18 @@ def disk_errors_told(path: Path, what: str, kind: type[RunError] = CheckpointErr
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        way_out = "free some space" if full else "mend its permissions, or take another output_dir"
-        raise kind(f"{error.filename or path}: {what} ({error.strerror}); {way_out}") from error
+        raise kind(f"{error.filename or path}: {what} ({error.strerror}); {disk_way_out(error)}") from error
+
+
+def disk_way_out(error: OSError) -> str:
+    """What helps where something cannot be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "free some space" if full else "mend its permissions, or take another output_dir"
+
+
+def size_text(num_bytes: float) -> str:
+    """A size for people, such as "1.50 GiB" or "3 MiB"."""
+    return f"{num_bytes / 1024**3:.2f} GiB" if num_bytes >= 1024**3 else f"{num_bytes / 1024**2:.0f} MiB"
 
 
 @contextmanager

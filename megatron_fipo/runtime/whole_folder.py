@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from megatron_fipo.config.base import ConfigError, require
+from megatron_fipo.runtime.disk_errors import size_text
 from megatron_fipo.runtime.whole_file import wait_for_disk
 
 
@@ -67,7 +68,7 @@ class WholeFolder:
             free >= num_bytes,
             field=self.field,
             value=self.target,
-            rule=f"needs {num_bytes / 1024**3:.2f} GiB, and {free / 1024**3:.2f} are free there",
+            rule=f"needs {size_text(num_bytes)}, and {size_text(free)} are free there",
             way_out="free some space, or choose a folder on another disk",
         )
         self.partial.mkdir(parents=True)

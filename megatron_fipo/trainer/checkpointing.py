@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.actor.checkpoint import ActorCheckpoint, PendingSave, layout_of
+from megatron_fipo.config.base import require
 from megatron_fipo.config.checkpoint import CheckpointConfig
+from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.runtime.checkpoint_store import Checkpoint, CheckpointStore, check_bytes
@@ -86,7 +88,7 @@ class Checkpointer:
         on_main_rank(self._clean)
         before: int | None = None
         while True:
-            checkpoint = on_main_rank(partial(self._newest, before))
+            checkpoint = on_main_rank(partial(self.store.newest_valid, check_hashes=False, before=before))
             manifest = None if checkpoint is None else checkpoint.manifest
             told = broadcast_json(None if manifest is None else [manifest.step, _listed(manifest.files)], 0)
             if told is None:
@@ -104,18 +106,14 @@ class Checkpointer:
         for name in self.store.clean():
             logger.warning("removed %s, which a save that was killed left behind", self.store.folder / name)
 
-    def _newest(self, before: int | None) -> Checkpoint | None:
-        found, steps = self.store.newest_valid(check_hashes=False, before=before), self.store.steps()
-        if found is None and steps:
-            raise CheckpointError(
-                f"{self.store.folder}: none of its {len(steps)} checkpoints is whole; remove it to begin anew, or "
-                "bring back a copy"
-            )
-        return found
-
     def _set_aside(self, step: int) -> None:
         for name in self.store.set_aside_after(step):
-            logger.warning("going on from step %d; a damaged checkpoint of a later step is now called %s", step, name)
+            logger.warning(
+                "going on from step %d; a damaged checkpoint of a later step is now called %s, and stays until you "
+                "remove it",
+                step,
+                name,
+            )
 
     def _is_damaged(self, step: int, files: Sequence[Any]) -> bool:
         """Whether a file has other bytes than were written; every rank reads a share of them."""
@@ -208,10 +206,13 @@ class Checkpointer:
     def _score(self, metrics_file: Path | None, step: int) -> float | None:
         if self.config.keep_best == 0 or metrics_file is None:
             return None
-        # On this rank alone; without a score the checkpoint has no rank.
+        score = None
+        # On this rank alone.
         with suppress(OSError):
-            return read_score(metrics_file, step, self.config.best_metric)
-        return None
+            score = read_score(metrics_file, step, self.config.best_metric)
+        if score is None:
+            logger.info("step %d has no %s, so its checkpoint has no rank", step, self.config.best_metric)
+        return score
 
     @property
     def is_written(self) -> bool:
@@ -266,6 +267,21 @@ def _listed(files: Mapping[str, FileRecord]) -> list[tuple[str, int, str]]:
     """Name, size and hash of each file, the large ones apart from each other."""
     by_size = sorted(files.items(), key=lambda each: -each[1].size)
     return [(name, record.size, record.sha256) for name, record in by_size]
+
+
+def check_best_metric(config: CheckpointConfig) -> None:
+    """Refuse to rank checkpoints by what no step has.
+
+    Raises:
+        ConfigError: `best_metric` is no metric.
+    """
+    require(
+        not config.best_metric or not CATALOGUE.undeclared([config.best_metric]),
+        field="checkpoint.best_metric",
+        value=config.best_metric,
+        rule="must be a metric, and no step has one of that name",
+        way_out="docs/metrics.md has them all; eval/accuracy is a usual one",
+    )
 
 
 def read_score(metrics_file: Path, step: int, metric: str) -> float | None:

@@ -132,10 +132,10 @@ class Dumps:
 
     def begin(self, step: int) -> bool:
         """Write weights and random states as they are now; false where there are dumps enough, or it failed."""
-        if not broadcast_json(self._has_room(step), 0):
-            return False
         train_step, weights = self._train_step, None
         try:
+            if not broadcast_json(on_main_rank(partial(self._has_room, step)), 0):
+                return False
             if self.config.safeguards.dump_weights:
                 weights = ActorCheckpoint(train_step.forward.chunks, None, train_step.context)
             num_bytes = 0 if weights is None else weights.num_bytes
@@ -163,7 +163,8 @@ class Dumps:
         return evidence
 
     def _has_room(self, step: int) -> bool:
-        return len([each for each in self.store.steps() if each != step]) < self.config.safeguards.max_dumps
+        with disk_errors_told(self.store.folder, "cannot be read"):
+            return len([each for each in self.store.steps() if each != step]) < self.config.safeguards.max_dumps
 
     def _make_folder(self, step: int, num_bytes: int) -> None:
         self.store.clean()

@@ -173,6 +173,7 @@ ACCEPTED: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (run_config, {}),
     (run_config, {"model": model(context_length=256)}),
     (run_config, {"mode": "rollout_only"}),
+    (run_config, {"safeguards": SafeguardsConfig(max_log_ratio=math.inf, on_exploding_ratio="stop", dump_step=9)}),
     (run_config, {"mode": "train_only", "recorded_rollouts": Path("r"), "data": None}),
     # Its groups come from the recording.
     (
@@ -688,6 +689,23 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         "max_truncated_fraction = 0.0: must lie in (0, 1]; 1 sets no limit",
     ),
     (SafeguardsConfig, {"dump_step": 0}, "dump_step = 0: must be at least 1; steps begin at 1"),
+    (
+        SafeguardsConfig,
+        {"dump_update": 2},
+        "dump_update = 2: must be at least 1, and is of dump_step, which must be given with it; updates are counted "
+        "from 1; set dump_step, too",
+    ),
+    (
+        run_config,
+        {"safeguards": SafeguardsConfig(dump_step=1, dump_update=9)},
+        "safeguards.dump_update = 9: a step has algorithm.updates_per_rollout = 4 updates; name one of them, from 1",
+    ),
+    (
+        run_config,
+        {"safeguards": SafeguardsConfig(max_log_ratio=20.0, on_exploding_ratio="stop")},
+        "safeguards.max_log_ratio = 20.0: must be below algorithm.log_ratio_clamp = 20, the largest that is seen, "
+        'where on_exploding_ratio is not "warn"; lower it, or use .inf for no limit',
+    ),
     (WeightSyncConfig, {"bucket_mib": 0}, "bucket_mib = 0: must be at least 1; 512 is a good value"),
     (
         FipoConfig,

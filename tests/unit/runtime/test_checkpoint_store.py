@@ -119,7 +119,8 @@ def test_damage_is_named_and_the_one_before_is_found(
     (record,) = caplog.records
     assert record.getMessage().startswith("checkpoint of step 2 is damaged and left out: ")
     damage(tmp_path / "step_1")
-    assert store.newest_valid() is None
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole; bring back a copy, or remove it"):
+        store.newest_valid()
 
 
 def test_what_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
@@ -138,7 +139,8 @@ def test_sizes_alone_are_checked_on_request(tmp_path: Path) -> None:
     write(store, 1)
     flip(tmp_path / "step_1")
     assert store.newest_valid(check_hashes=False) is not None
-    assert store.newest_valid() is None
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints is whole"):
+        store.newest_valid()
 
 
 def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -223,7 +225,7 @@ def test_those_that_need_not_stay_are_removed(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         write(store, 8)
     assert store.steps() == [2, 4, 6, 7, 8], "a damaged one neither counts nor goes"
-    assert "checkpoint of step 7 is damaged and left where it is" in caplog.text
+    assert f"checkpoint of step 7 is left where it is: {tmp_path}/step_7/" in caplog.text
 
 
 def test_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
@@ -238,10 +240,12 @@ def test_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
 
 def test_no_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", free_bytes=lambda path: 3 * 1024**3)
-    with pytest.raises(CheckpointError, match=r"3.00 GiB are free and a checkpoint needs 4.08; free some space"):
+    with pytest.raises(CheckpointError, match=r"3.00 GiB are free and a checkpoint needs 4.08 GiB; free some space"):
         store.begin(1, 4 * 1024**3)
     assert os.listdir(tmp_path / "checkpoints") == []
     store.begin(1, 2 * 1024**3)
+    with pytest.raises(CheckpointError, match=r": 1 MiB are free and a checkpoint needs 6 MiB; free some space"):
+        CheckpointStore(tmp_path, free_bytes=lambda path: 1024**2).begin(1, 6 * 1024**2)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.checkpoint import CheckpointConfig
 from megatron_fipo.trainer import checkpointing
-from megatron_fipo.trainer.checkpointing import read_score
+from megatron_fipo.trainer.checkpointing import check_best_metric, read_score
 
 
 def test_a_score_is_the_steps_own(tmp_path: Path) -> None:
@@ -22,6 +24,14 @@ def test_a_score_is_the_steps_own(tmp_path: Path) -> None:
     assert read_score(path, 2, "eval/average") is None
     assert read_score(path, 2, "train/loss") == 1.0
     assert read_score(path, 4, "eval/average") is None
+
+
+def test_a_metric_that_no_step_has_ranks_nothing() -> None:
+    for name in ("eval/accuracy", "eval/aime/avg_at_8", "rollout/reward_mean"):
+        check_best_metric(CheckpointConfig(keep_best=1, best_metric=name))
+    check_best_metric(CheckpointConfig())
+    with pytest.raises(ConfigError, match="checkpoint.best_metric = eval/acuracy: must be a metric, and no step has"):
+        check_best_metric(CheckpointConfig(keep_best=1, best_metric="eval/acuracy"))
 
 
 def test_the_end_of_a_long_file_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
