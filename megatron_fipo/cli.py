@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_fipo.config.evaluate import EvaluateConfig
     from megatron_fipo.config.run import RunConfig
+    from megatron_fipo.config.run_changes import Change
     from megatron_fipo.runtime.stop_request import StopRequest
     from megatron_fipo.runtime.whereabouts import Whereabouts
 
@@ -86,6 +87,9 @@ def _train(words: Sequence[str]) -> int:
     if (config := _read_run_config("train", words)) is None:
         return 0 if _asks_for_help(words) else 2
     config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
+    if "WORLD_SIZE" not in os.environ:
+        # Several ranks see a directory that changes: rank 0 may have begun the run already.
+        _check_directory(config)
     with _ending_at_once():
         return _train_on_ranks(config)
 
@@ -103,7 +107,8 @@ def _evaluate(words: Sequence[str]) -> int:
 
 def _check(words: Sequence[str]) -> int:
     from megatron_fipo.rollout.servers.arguments import check_server_arguments
-    from megatron_fipo.runtime.earlier_run import check_against_earlier
+    from megatron_fipo.runtime.checkpoint_store import CheckpointStore
+    from megatron_fipo.runtime.errors import RunError
     from megatron_fipo.runtime.run_dir import RunDirectory
 
     if (config := _read_run_config("check", words)) is None:
@@ -111,11 +116,26 @@ def _check(words: Sequence[str]) -> int:
     # As slurm/train.sbatch gives it; empty where Slurm does not tell.
     if ranks := os.environ.get("WORLD_SIZE"):
         config.parallelism.check_world_size(int(ranks))
-    directory = RunDirectory(config.output_dir)
-    directory.check(config.output_dir, may_have_run=config.checkpoint.resume)
-    check_against_earlier(config, directory)
+    for change in _check_directory(config):
+        print(f"not as in the run's configuration: {change}", file=sys.stderr)
     check_server_arguments(config.rollout.sglang.server_arguments)
+    try:
+        CheckpointStore(RunDirectory(config.output_dir).checkpoints).newest_valid(check_hashes=False)
+    except RunError as error:
+        print(f"megatron-fipo: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _check_directory(config: "RunConfig") -> "list[Change]":
+    """See that a run may begin in its directory, or go on there; returns how it differs from its beginning."""
+    from megatron_fipo.runtime.earlier_run import check_against_earlier
+    from megatron_fipo.runtime.run_dir import RunDirectory
+    from megatron_fipo.runtime.run_lock import check_unheld
+
+    RunDirectory.check(config.output_dir, may_have_run=config.checkpoint.resume)
+    check_unheld(config.output_dir)
+    return check_against_earlier(config, RunDirectory(config.output_dir))
 
 
 def _serve(words: Sequence[str]) -> int:

@@ -1,34 +1,29 @@
 """Whether a run may go on with its configuration: it may have been begun with another one."""
 
-import logging
-
 from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.load import load_config, plain_values
 from megatron_fipo.config.run import RunConfig
-from megatron_fipo.config.run_changes import changes_between, check_changes, field_names
+from megatron_fipo.config.run_changes import Change, changes_between, check_changes, field_names
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.run_dir import RunDirectory
 
-logger = logging.getLogger(__name__)
 
-
-def check_against_earlier(config: RunConfig, directory: RunDirectory) -> bool:
-    """Compare a run's configuration with the one that its directory was begun with; the log has every difference.
+def check_against_earlier(config: RunConfig, directory: RunDirectory) -> list[Change]:
+    """Compare a run's configuration with the one that its directory was begun with.
 
     Args:
         config: What the run is to go on with.
         directory: Its directory; one in which no run has begun fits everything.
 
     Returns:
-        Whether the run goes on with changes that what it learns depends on.
+        Every difference, all of which are accepted.
 
     Raises:
-        ConfigError: A run of some steps has no checkpoint and would write none; or a field has changed that must not,
-            or that `checkpoint.accept_changes` has to name.
+        ConfigError: A run of some steps has no checkpoint, and was or is to write none; or a field has changed that
+            must not, or that `checkpoint.accept_changes` has to name.
     """
     if not directory.has_run:
-        return False
-    _check_that_it_goes_on(config, directory)
+        return []
     try:
         earlier = load_config(RunConfig, directory.config_file)
     except ConfigError as error:
@@ -38,17 +33,16 @@ def check_against_earlier(config: RunConfig, directory: RunDirectory) -> bool:
             rule=f"this release cannot read the run's own configuration ({error})",
             way_out="go on with the release that began the run, or choose another directory",
         ) from error
+    _check_that_it_goes_on(min(config.checkpoint.every_steps, earlier.checkpoint.every_steps), directory)
     before, now = plain_values(earlier), plain_values(config)
     changes = changes_between(before, now)
-    for change in changes:
-        logger.warning("not as in the run's configuration: %s", change)
     check_changes(changes, config.checkpoint.accept_changes, [*field_names(before), *field_names(now)])
-    return any(change.rule == "ask" for change in changes)
+    return changes
 
 
-def _check_that_it_goes_on(config: RunConfig, directory: RunDirectory) -> None:
+def _check_that_it_goes_on(every_steps: int, directory: RunDirectory) -> None:
     """Refuse to begin a run anew that is not meant to."""
-    if config.checkpoint.every_steps or not (step := directory.last_step):
+    if every_steps or not (step := directory.last_step):
         return
     require(
         bool(CheckpointStore(directory.checkpoints).steps()),

@@ -3,12 +3,13 @@
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.base import ConfigError, require
-from megatron_fipo.runtime.disk_errors import disk_errors_told
+from megatron_fipo.runtime.disk_errors import disk_errors_told, disk_way_out
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.json_files import append_lines, keep_lines, read_whole_lines
 from megatron_fipo.runtime.run_lock import LOCK_FILE
@@ -20,7 +21,7 @@ BREAKDOWN_FILE = "last_breakdown"
 # What is there although no run has begun, where one ended while it was starting.
 _BEFORE_RUN = frozenset({LOCK_FILE, BREAKDOWN_FILE, "logs"})
 _BEFORE_RUN_PREFIXES = (f"{LOCK_FILE}.", f".{LOCK_FILE}.", f".{BREAKDOWN_FILE}.", ".config.yaml.")
-_RECORDED = re.compile(r"rollout_([0-9]+)\.")
+_OF_STEP = re.compile(r"(?:rollout|step)_([0-9]+)(?:\..*)?")
 _UNWRITTEN = "cannot be written"
 
 
@@ -29,10 +30,11 @@ class RunDirectory:
 
     Args:
         path: The directory.
+        is_here: Whether it is still the one that the run holds, see `hold_run_directory`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, is_here: Callable[[], bool] = lambda: True) -> None:
+        self.path, self._is_here = path, is_here
 
     @property
     def has_run(self) -> bool:
@@ -94,8 +96,8 @@ class RunDirectory:
             raise ConfigError(
                 field="output_dir",
                 value=path,
-                rule=f"must be a directory that can be made ({error.strerror})",
-                way_out="choose a directory that this user may write to",
+                rule=f"must be a directory that can be made and written to ({error.strerror})",
+                way_out=disk_way_out(error),
             ) from error
         return directory
 
@@ -129,7 +131,8 @@ class RunDirectory:
         """Leave nothing of later steps that would not be written again in its place.
 
         Their lines go out of metrics.jsonl and samples.jsonl, with any that a killed run left half; so do recorded
-        rollouts, and weights that were on their way to servers.
+        rollouts, token records, evaluations, and weights that were on their way to servers. Dumps stay: they are of
+        what happened.
 
         Args:
             step: The last step that stays.
@@ -142,11 +145,32 @@ class RunDirectory:
             if path.exists():
                 with disk_errors_told(path, _UNWRITTEN, RunError):
                     _keep_steps(path, last)
-        for path in self.rollouts.glob("rollout_*"):
-            if (found := _RECORDED.match(path.name)) and int(found[1]) > step:
-                with disk_errors_told(path, "cannot be removed", RunError):
-                    path.unlink(missing_ok=True)
+        for folder in (self.rollouts, self.tokens, self.evaluations):
+            for path in folder.glob("*"):
+                if (found := _OF_STEP.fullmatch(path.name)) and int(found[1]) > step:
+                    with disk_errors_told(path, "cannot be removed", RunError):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.weights, ignore_errors=True)
+
+    def remove_remnants(self) -> None:
+        """Remove files that a killed run left half; before anything writes here."""
+        for path in (*self.path.glob(".*.partial"), *self.path.glob("*/.*.partial")):
+            # Folders are their writers' own.
+            if path.is_file():
+                with suppress(OSError):
+                    path.unlink()
+
+    def require_here(self) -> None:
+        """Refuse to go on where somebody has removed the directory, or put another one in its place.
+
+        Raises:
+            RunError: That has happened.
+        """
+        if not self._is_here():
+            raise RunError(
+                f"{self.path}: was removed or replaced while the run was writing there; bring it back and start again, "
+                "or begin anew"
+            )
 
     def remove(self) -> None:
         """Remove the directory with all that is in it."""
@@ -176,6 +200,11 @@ class RunDirectory:
     def samples_file(self) -> Path:
         """Some samples of each step."""
         return self.path / "samples.jsonl"
+
+    @property
+    def tokens(self) -> Path:
+        """Folder of token records."""
+        return self.path / "tokens"
 
     @property
     def rollouts(self) -> Path:
@@ -212,16 +241,22 @@ class RunDirectory:
         """Folder of the Hugging Face export."""
         return self.path / "export"
 
+    @property
+    def evaluations(self) -> Path:
+        """Folder of what evaluations found."""
+        return self.path / "evaluations"
+
     def evaluation(self, step: int) -> Path:
         """Folder of the evaluation after a step."""
-        return self.path / "evaluations" / f"step_{step}"
+        return self.evaluations / f"step_{step}"
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; numbers that are not finite become null, at any depth.
 
         Raises:
-            RunError: It cannot be written.
+            RunError: It cannot be written, or the directory is gone.
         """
+        self.require_here()
         with disk_errors_told(self.metrics_file, _UNWRITTEN, RunError):
             append_lines(self.metrics_file, [metrics])
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,14 +33,15 @@ def _take_lock(file: IO[bytes]) -> None:
 
 
 @contextmanager
-def hold_run_directory(path: Path, take_lock: TakeLock = _take_lock) -> Iterator[None]:
+def hold_run_directory(path: Path, take_lock: TakeLock = _take_lock) -> Iterator[Callable[[], bool]]:
     """Keep other runs out of a run directory, which is made where there is none, until the context is left.
 
     The lock is POSIX's, which network file systems have too. It belongs to this process, not to its children, and would
     be lost with any other descriptor of the file that this process closes; nobody else opens it. Where a file system
     has no locks, the file's time of change says every few seconds that its holder lives.
 
-    A job that Slurm has started again waits for its own earlier attempt.
+    A job that Slurm has started again waits for its own earlier attempt. The context gives what tells whether the
+    directory is still there: somebody may remove it, and another run begin in its place.
 
     Args:
         path: The run directory.
@@ -64,10 +66,42 @@ def hold_run_directory(path: Path, take_lock: TakeLock = _take_lock) -> Iterator
             with suppress(OSError):
                 file.truncate(0)
                 os.pwrite(file.fileno(), json.dumps(_own_name()).encode(), 0)
-            yield
+            yield _whether_here(path / LOCK_FILE)
         else:
             with _held_by_beats(path):
-                yield
+                yield _whether_here(path / LOCK_FILE)
+
+
+def _whether_here(lock: Path) -> Callable[[], bool]:
+    own = lock.stat()
+
+    def is_here() -> bool:
+        try:
+            return os.path.samestat(own, lock.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            # The file system may be away for a while.
+            return True
+
+    return is_here
+
+
+def check_unheld(path: Path) -> None:
+    """Refuse a run directory that another run holds, without touching it; where there are no locks, nobody knows.
+
+    The earlier attempt of a job that Slurm has started again counts for nobody.
+
+    Raises:
+        ConfigError: Another run holds it.
+    """
+    # Of the kind, from where, beginning, length (0 is all), holder.
+    asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    with suppress(OSError), (path / LOCK_FILE).open("rb") as file:
+        kind, *_ = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))
+        holder = _read(file.read())
+        if kind != fcntl.F_UNLCK and not _is_own_job(holder):
+            raise _held(path, holder)
 
 
 def _lock(path: Path, file: IO[bytes], take_lock: TakeLock) -> bool:
@@ -79,22 +113,29 @@ def _lock(path: Path, file: IO[bytes], take_lock: TakeLock) -> bool:
         except OSError as error:
             if error.errno not in _HELD:
                 return False
-            holder = _read(os.pread(file.fileno(), 4096, 0))
-            of_own_job = holder.get("job") is not None and holder["job"] == _own_name()["job"]
-            if not of_own_job or time.monotonic() > patient_until:
-                raise _held(path, holder) from error
-            time.sleep(1.0)
+            _wait_for(path, _read(os.pread(file.fileno(), 4096, 0)), patient_until)
         else:
             return True
+
+
+def _wait_for(path: Path, holder: Mapping[str, Any], patient_until: float) -> None:
+    """Wait a second for a holder, if it may be waited for."""
+    if not _is_own_job(holder) or time.monotonic() > patient_until:
+        raise _held(path, holder)
+    time.sleep(1.0)
+
+
+def _is_own_job(holder: Mapping[str, Any]) -> bool:
+    return holder.get("job") is not None and holder["job"] == _own_name()["job"]
 
 
 @contextmanager
 def _held_by_beats(path: Path) -> Iterator[None]:
     """Hold a directory on a file system without locks: whoever's name stands in a fresh file holds it."""
     file, own = path / LOCK_FILE, _own_name()
-    holder = _read(file.read_bytes())
-    if holder and holder != own and _beats(path, holder):
-        raise _held(path, holder)
+    patient_until = time.monotonic() + _OWN_JOB_PATIENCE_S
+    while (holder := _read(file.read_bytes())) and holder != own and _beats(path, holder):
+        _wait_for(path, holder, patient_until)
     with whole_file(file) as partial:
         partial.write(json.dumps(own).encode())
     if holder:

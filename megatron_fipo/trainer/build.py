@@ -31,7 +31,7 @@ from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest
 from megatron_fipo.runtime.timing import PhaseTimer
 from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
-from megatron_fipo.trainer.checkpointing import Checkpointer
+from megatron_fipo.trainer.checkpointing import Checkpointer, check_best_metric
 from megatron_fipo.trainer.prepare_rollouts import prepare_rollouts
 from megatron_fipo.trainer.recovery import restore_actor, restore_files
 from megatron_fipo.trainer.safeguards import Safeguards
@@ -76,6 +76,7 @@ def _build(
     directory, is_changed = taken or (None, False)
     has_run, is_changed = (any(gather_json(each)) for each in (directory is not None and directory.has_run, is_changed))
     on_main_rank(lambda: check_sinks(config.metrics))
+    on_main_rank(lambda: check_best_metric(config.checkpoint))
     # Every node has its own view of the model folder.
     bridge = on_every_rank(lambda: HfBridge(config.model.path, config.model.context_length, config.model.rope_base))
     generates = config.mode != "train_only"
@@ -125,11 +126,15 @@ def _take_directory(config: RunConfig, resources: ExitStack, beginnings: ExitSta
         The directory, and whether the run goes on with changes that its samples depend on.
     """
     RunDirectory.check(config.output_dir, may_have_run=config.checkpoint.resume)
-    resources.enter_context(hold_run_directory(config.output_dir))
-    directory = RunDirectory(config.output_dir)
+    is_here = resources.enter_context(hold_run_directory(config.output_dir))
+    directory = RunDirectory(config.output_dir, is_here)
+    directory.remove_remnants()
     if not directory.has_run:
         beginnings.enter_context(_removed_if_refused(directory))
-    return directory, check_against_earlier(config, directory)
+    changes = check_against_earlier(config, directory)
+    for change in changes:
+        logger.warning("not as in the run's configuration: %s", change)
+    return directory, any(change.rule == "ask" for change in changes)
 
 
 def _build_checkpointer(config: RunConfig, context: ParallelContext, actor: Actor) -> Checkpointer:

@@ -46,6 +46,9 @@ def finish_step(
         rollout: Its rollout, on rank 0; None in train-only runs.
         batch: Its batch, on rank 0.
         results: Its updates.
+
+    Raises:
+        RunError: Samples cannot be written, or the run directory is gone; raised on every rank.
     """
     run.finished_steps, run.unreported = step, StepReport(step)
     on_main_rank(lambda: _put_together(run, step, rollout, batch, results))
@@ -55,6 +58,7 @@ def _put_together(
     run: Run, step: int, rollout: Rollout | None, batch: TrainBatch | None, results: Sequence[UpdateResult]
 ) -> None:
     assert run.directory is not None and batch is not None, "rank 0 has both"
+    run.directory.require_here()
     metrics: dict[str, Any] = {"step": step, "policy_version": run.policy_version}
     metrics |= batch_metrics(batch)
     if rollout is not None:

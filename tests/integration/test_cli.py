@@ -19,6 +19,9 @@ from megatron_fipo.cli import main
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.runtime.checkpoint_store import CheckpointStore
+from megatron_fipo.runtime.run_dir import RunDirectory
+from megatron_fipo.runtime.run_lock import hold_run_directory
 from megatron_fipo.trainer.ranks import check_visible_devices
 from tests.integration.small_runs import prompts, read_lines, small_run, write_inputs
 
@@ -148,6 +151,11 @@ BAD_CONFIGURATIONS = {
         "parallelism = tensor 1 × context 2 × pipeline 1 = 2: must divide the world: world size 1 = tensor 1 × context "
         "2 × pipeline 1 × data, and 1 / 2 is not a whole number; start a multiple of 2 ranks, or change a size",
     ),
+    "a directory that holds something else": (
+        ["{config}", "--output_dir", "{root}"],
+        "output_dir = {root}: must be a new or empty directory, or that of a run to go on with, and it is neither; "
+        "choose another directory or remove this one",
+    ),
 }
 
 
@@ -159,7 +167,7 @@ def test_a_bad_configuration_is_told_at_once_in_one_line(kind: str, root: Path) 
     # Every import is reported on a line of its own.
     code, out, err = run_command(
         "train",
-        *(word.format(config=config) for word in words),
+        *(word.format(config=config, root=root) for word in words),
         prefix=[sys.executable, "-X", "importtime", *PYTHON[1:]],
     )
     elapsed = cpu_seconds_of_children() - started
@@ -167,7 +175,9 @@ def test_a_bad_configuration_is_told_at_once_in_one_line(kind: str, root: Path) 
     imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
     assert "megatron_fipo.config.run" in imported
     assert not {"torch", "numpy", "transformers", "megatron.core"} & imported
-    assert [line for line in lines if not line.startswith("import time:")] == [f"megatron-fipo: {message}"]
+    assert [line for line in lines if not line.startswith("import time:")] == [
+        f"megatron-fipo: {message.format(root=root)}"
+    ]
     assert (code, out) == (2, "")
     assert elapsed < 3
 
@@ -200,6 +210,28 @@ def test_check_tells_what_is_wrong(kind: str, root: Path) -> None:
     assert (code, out) == (2, "")
     assert err.startswith(f"megatron-fipo: {message.format(root=root)}")
     assert err.count("\n") == 1
+
+
+def test_check_looks_into_the_run_that_is_to_go_on(root: Path) -> None:
+    run = small_run(root, "looked_into")
+    config = write_config(run)
+    RunDirectory.create(run.output_dir, dump_config(run))
+    store = CheckpointStore(run.output_dir / "checkpoints")
+    for step in (1, 2):
+        (store.begin(step, 0) / "progress.json").write_text("{}")
+        store.commit(step, {}, {})
+    with hold_run_directory(run.output_dir):
+        code, _, err = run_command("check", config)
+        assert code == 2 and err.count("\n") == 1
+        assert "another run holds this directory: process" in err
+    (store.path(2) / "progress.json").write_text("")
+    code, out, err = run_command("check", config)
+    assert (code, out) == (0, "")
+    assert err.startswith("checkpoint of step 2 is damaged and left out: ") and err.count("\n") == 1
+    (store.path(1) / "manifest.json").unlink()
+    code, _, err = run_command("check", config)
+    assert code == 2
+    assert "none of its 2 checkpoints is whole; bring back a copy" in err.splitlines()[-1]
 
 
 def test_several_slurm_tasks_are_ranks_of_one_world(root: Path) -> None:

@@ -1,11 +1,14 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_fipo.config.base import ConfigError
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.run_dir import RunDirectory
+from megatron_fipo.runtime.run_lock import hold_run_directory
 
 TAKEN = "must be a new or empty directory, and it is not; choose another directory or remove this one"
 
@@ -49,16 +52,49 @@ def test_later_steps_and_half_lines_are_forgotten(tmp_path: Path, has_metrics: b
     assert directory.last_step == 3
     for folder, names in (
         (directory.rollouts, ("rollout_000002.npz", "rollout_000003.npz", "rollout_1000000.routing")),
+        (directory.tokens, ("step_000002.npz", "step_000003.npz")),
         (directory.weights, ("version_3",)),
     ):
         folder.mkdir()
         for name in names:
             (folder / name).touch()
+    for step in (2, 3):
+        directory.evaluation(step).mkdir(parents=True)
+        (directory.evaluation(step) / "problems.jsonl").touch()
     directory.forget_after(2, has_metrics)
     assert [path.name for path in directory.rollouts.iterdir()] == ["rollout_000002.npz"]
+    assert [path.name for path in directory.tokens.iterdir()] == ["step_000002.npz"]
+    assert list(directory.evaluations.iterdir()) == [directory.evaluation(2)]
     assert not directory.weights.exists()
     assert [json.loads(line)["step"] for line in directory.metrics_file.read_text().splitlines()] == left
     assert [json.loads(line)["step"] for line in directory.samples_file.read_text().splitlines()] == [0, 0, 1, 1, 2, 2]
+
+
+def test_files_that_a_killed_run_left_half_are_removed(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    directory.journal.mkdir()
+    for path in (tmp_path / ".effective_algorithm.txt.partial", directory.journal / ".step_000002.npz.partial"):
+        path.touch()
+    (directory.journal / "step_000001.npz").touch()
+    (tmp_path / ".export.partial").mkdir()
+    directory.remove_remnants()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"config.yaml", "journal", "journal/step_000001.npz", ".export.partial"}
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_directory_that_is_removed_or_replaced_under_a_run_ends_it(tmp_path: Path, comes_back: bool) -> None:
+    path = tmp_path / "run"
+    with hold_run_directory(path) as is_here:
+        directory = RunDirectory(path, is_here)
+        directory.append_metrics({"step": 1})
+        shutil.rmtree(path)
+        if comes_back:
+            with hold_run_directory(path):
+                RunDirectory.create(tmp_path / "run", "")
+        with pytest.raises(RunError, match="run: was removed or replaced while the run was writing there"):
+            directory.append_metrics({"step": 2})
+    assert not (path / "metrics.jsonl").exists()
 
 
 def test_an_export_is_set_aside_under_the_step_that_it_is_of(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from typing import IO
 import pytest
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.runtime.run_lock import LOCK_FILE, hold_run_directory
+from megatron_fipo.runtime import run_lock
+from megatron_fipo.runtime.run_lock import LOCK_FILE, check_unheld, hold_run_directory
 
 HOLDER = """
 import errno, sys
@@ -103,6 +104,36 @@ def test_a_job_that_is_started_again_waits_for_its_own_earlier_attempt(
     (tmp_path / LOCK_FILE).write_text('{"job": "78"}')
     with hold_run_directory(tmp_path, held_twice):
         assert tries == 3
+
+
+def test_it_waits_where_there_are_no_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    lock = tmp_path / LOCK_FILE
+    lock.write_text('{"host": "elsewhere", "process": 1, "job": "78"}')
+    waited = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        os.utime(lock, (0, 0))
+
+    monkeypatch.setattr(run_lock.time, "sleep", wait)
+    hold(tmp_path, "beats")
+    # For the holder, and to see that nobody else has taken it.
+    assert len(waited) == 2
+
+
+def test_whether_a_directory_is_held_is_told_without_touching_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_unheld(tmp_path)
+    assert not (tmp_path / LOCK_FILE).exists()
+    with holder(tmp_path, "locks", SLURM_JOB_ID="79") as process:
+        with pytest.raises(ConfigError, match=f"another run holds this directory: process {process.pid} on "):
+            check_unheld(tmp_path)
+        monkeypatch.setenv("SLURM_JOB_ID", "79")
+        check_unheld(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    check_unheld(tmp_path)
 
 
 def test_children_do_not_hold_the_directory(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path: Path) -> Non
         file.write(b"half of the n")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
     with whole_file(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
