@@ -49,11 +49,10 @@ class RunFiles:
         """The step's lines of samples.jsonl, in order; where there are none, what its token records tell."""
         file = self.path / "samples.jsonl"
         lines = read_whole_lines(file)[0] if file.is_file() else []
-        # A step that was repeated after a crash is there twice; the later one counts.
-        found = {line.get("sequence", number): line for number, line in enumerate(lines) if line.get("step") == step}
+        found = [line for line in lines if line.get("step") == step]
         if not found and (records := self.tokens(step)) is not None:
-            found = {int(sequence): {"step": step, "sequence": int(sequence)} for sequence in records.sequences}
-        return list(found.values())
+            found = [{"step": step, "sequence": int(sequence)} for sequence in records.sequences]
+        return found
 
     @property
     def dumps(self) -> dict[str, str]:

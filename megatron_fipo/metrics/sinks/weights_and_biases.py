@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.metrics import WandbConfig
+from megatron_fipo.runtime.whole_file import whole_file
 
 
 class WandbSink:
@@ -49,7 +50,8 @@ class WandbSink:
                 rule=f"W&B could not start a run ({error})",
                 way_out='run `wandb login`, or set it to "offline" and upload with `wandb sync` afterwards',
             ) from error
-        id_file.write_text(f"{self._run.id}\n", encoding="ascii")
+        with whole_file(id_file) as file:
+            file.write(f"{self._run.id}\n".encode("ascii"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log a step's numbers."""
