@@ -96,18 +96,21 @@ class ServedRuns:
 
     Args:
         root: Where everything goes.
-        server: The server.
+        server: The server; without one each life starts its own, which may be killed, too.
         rollout: Further fields of the rollout section.
         num_steps: Steps of each.
     """
 
-    victims: Sequence[Victim] = ("rank 0", "rank 1", "controller", "file", "writer", "asked 0", "asked 1")
     phases = (START, "rollout", "update", "weight_sync", "evaluation", "checkpoint", "export")
     # Seconds of a phase on two cores; a kill's moment is somewhere in them.
-    _SECONDS = {START: 6.0, "rollout": 0.6, "update": 0.2, "weight_sync": 0.5, "evaluation": 0.3, "checkpoint": 0.1}
+    _SECONDS = {"rollout": 0.6, "update": 0.2, "weight_sync": 0.5, "evaluation": 0.3, "checkpoint": 0.1}
 
-    def __init__(self, root: Path, server: RunningServer, num_steps: int = 5, **rollout: Any) -> None:
+    def __init__(self, root: Path, server: RunningServer | None, num_steps: int = 5, **rollout: Any) -> None:
         self.root, self.server, self.num_steps, self.rollout = write_inputs(root), server, num_steps, rollout
+        self.victims: Sequence[Victim] = ("rank 0", "rank 1", "controller", "file", "writer", "asked 0", "asked 1")
+        if server is None:
+            self.victims = ("server", "controller", "server", "rank 0")
+        self._seconds = self._SECONDS | {START: 6.0 if server else 30.0}
         self.repeated: list[int] = []
         self._told: dict[int, dict[str, Any]] = {}
 
@@ -117,7 +120,7 @@ class ServedRuns:
         config = self._config(name)
         file = self.root / f"{name}.yaml"
         file.write_text(dump_config(config))
-        scale = Scale(seconds=self._SECONDS, file_events=120, bytes_written=3_000_000)
+        scale = Scale(seconds=self._seconds, file_events=120, bytes_written=3_000_000)
         lives = live_through(["train", str(file)], config.output_dir, RANKS, kills, scale, self._compare(config))
         steps = [line["step"] for line in read_lines(config.output_dir / "metrics.jsonl")]
         assert steps == list(range(self.num_steps + 1))
@@ -127,18 +130,22 @@ class ServedRuns:
         return lives
 
     def _config(self, name: str) -> RunConfig:
-        key_file = self.root / "key"
-        key_file.write_text(self.server.api_key)
-        sglang = SglangConfig(urls=(self.server.url,), api_key_file=str(key_file))
+        model: dict[str, Any] = {}
+        sglang = SglangConfig(server_arguments={"max_total_tokens": 4096, "max_running_requests": 32})
+        if self.server is not None:
+            key_file = self.root / "key"
+            key_file.write_text(self.server.api_key)
+            model = {"model": {"path": self.server.model, "dtype": "float32"}}
+            sglang = SglangConfig(urls=(self.server.url,), api_key_file=str(key_file))
         return small_run(
             self.root,
             name,
             num_steps=self.num_steps,
-            model={"path": self.server.model, "dtype": "float32"},
             data=prompts(self.root, held_out="held_out"),
             rollout={"engine": "sglang", "sglang": sglang} | self.rollout,
             checkpoint={"every_steps": 2, "keep_last": 1000, "export_dtype": "float32", "verify_export": False},
             evaluation={"num_prompts": 4, "every_steps": 2},
+            **model,
         )
 
     def _compare(self, config: RunConfig) -> Callable[[int, Life], None]:

@@ -1,6 +1,6 @@
-"""Runs that generate with a real SGLang server: ranks and controller are killed, and every group is used once.
+"""Runs that generate with a real SGLang server: ranks, controller and server are killed, and every group is used once.
 
-The server outlives them, as one that is given by its URL does.
+A server that is given by its URL outlives them.
 """
 
 from pathlib import Path
@@ -47,3 +47,9 @@ def test_the_journal_gives_a_killed_run_its_batches_again(tmp_path: Path, sglang
 def test_a_campaign_of_random_kills(mode: str, tmp_path: Path, sglang_server: RunningServer) -> None:
     count = wanted(0.15, 5)
     assert pursue(ServedRuns(tmp_path, sglang_server, num_steps=6, **MODES[mode]), mode, count) >= count
+
+
+@pytest.mark.exhaustive
+def test_a_campaign_of_random_kills_of_servers_too(tmp_path: Path) -> None:
+    count = wanted(0.02, 1)
+    assert pursue(ServedRuns(tmp_path, None, num_steps=6), "own server", count) >= count
