@@ -1,21 +1,24 @@
 """Checks a Hugging Face model folder before anything is built from it, and writes one."""
 
 import copy
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.conversion.safetensors_file import StoredTensor, TensorRecord, fault_of, record_of, stored_tensors
+from megatron_fipo.runtime.whole_folder import WholeFolder
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -228,11 +231,16 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     Raises:
         OSError: It cannot be written.
-        SafetensorError: The same, as the library tells it.
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library tells the number in its text alone.
+        found = re.search(r"os error ([0-9]+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
     path.chmod(mode)
 
 
@@ -240,7 +248,7 @@ class HfFolderWriter:
     """Writes a Hugging Face folder shard by shard beside its target, to be moved there once it is known to be good.
 
     Args:
-        target: Folder to write; must not exist.
+        target: Folder to write; must not exist, or be empty.
         source: Folder that tokenizer and generation files come from.
         config: Contents of config.json.
         max_shard_bytes: Size a weight file may reach.
@@ -256,9 +264,9 @@ class HfFolderWriter:
         *,
         remembers: bool = False,
     ) -> None:
-        self.target, self.source, self.config = target, source, config
+        self.source, self.config = source, config
         self.max_shard_bytes = max_shard_bytes
-        self.partial = target.with_name(f".{target.name}.partial")
+        self.folder = WholeFolder(target, "export")
         self._shard: dict[str, Tensor] = {}
         self._shard_bytes = 0
         self._shards: list[list[str]] = []
@@ -266,19 +274,34 @@ class HfFolderWriter:
         self._remembers = remembers
         self._records: dict[str, TensorRecord] = {}
 
-    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> Path:
-        """Write all tensors and the files beside them.
+    @property
+    def partial(self) -> Path:
+        """Where the folder is until `commit`."""
+        return self.folder.partial
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]], num_bytes: int = 0) -> Path:
+        """Write all tensors and the files beside them; an error leaves nothing behind.
+
+        Args:
+            tensors: Names and tensors.
+            num_bytes: Space that has to be free before.
 
         Returns:
             The partial folder, whole but not yet in its place: see `commit`.
 
         Raises:
-            FileExistsError: The target exists.
+            ConfigError: The target is taken, or there is no room for it, see `WholeFolder`.
+            OSError: The disk refuses.
         """
-        if self.target.exists():
-            raise FileExistsError(f"{self.target}: already exists; choose another export folder or remove it")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        self.folder.begin(num_bytes)
+        try:
+            self._write(tensors)
+        except BaseException:
+            self.folder.abandon()
+            raise
+        return self.partial
+
+    def _write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
             size = tensor.numel() * tensor.element_size()
             if self._shard and self._shard_bytes + size > self.max_shard_bytes:
@@ -290,21 +313,12 @@ class HfFolderWriter:
                 self._records[name] = record_of(self._shard[name], tensor.dtype)
         self._flush()
         self._finish()
-        return self.partial
 
     def check_bytes(self) -> list[str]:
         """What is wrong with the written folder: tensors that do not read back as they were given."""
         stored = read_stored(self.partial)
         faults = {name: fault_of(stored[name].record(), record) for name, record in self._records.items()}
         return [f"{name} has {fault}" for name, fault in faults.items() if fault]
-
-    def abandon(self) -> None:
-        """Remove what was written."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-    def commit(self) -> None:
-        """Move the partial folder to the target."""
-        self.partial.rename(self.target)
 
     def _flush(self) -> None:
         save_tensors(self._shard, self.partial / f"shard-{len(self._shards):05d}.safetensors")
@@ -326,6 +340,3 @@ class HfFolderWriter:
         for name in CARRIED:
             if (self.source / name).is_file():
                 shutil.copyfile(self.source / name, self.partial / name)
-        for path in self.partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """The trained model as a Hugging Face folder, put in place only after its logits matched the actor's."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from megatron_fipo.actor.model import unwrap
 from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
+from megatron_fipo.config.base import ConfigError
 from megatron_fipo.conversion.hf_folder import HfFolderWriter
 from megatron_fipo.conversion.logit_check import Agreement, compare_logits
 from megatron_fipo.conversion.model_card import CARD_NAME, ModelCard
@@ -18,8 +20,10 @@ from megatron_fipo.conversion.model_files import model_name
 from megatron_fipo.conversion.transformers_run import TransformersRun
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.platform.device import DTYPES
+from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.json_files import read_whole_lines
+from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.probe import Probe, probe_sequences
 from megatron_fipo.trainer.state import Run
 
@@ -27,14 +31,15 @@ logger = logging.getLogger(__name__)
 
 
 class ExportError(RunError):
-    """An export that does not read back, or whose logits differ from the actor's. There is none."""
+    """An export that cannot be written, does not read back, or whose logits differ from the actor's. There is none."""
 
 
 def export_when_done(run: Run) -> None:
     """Write and verify the export after the last step; collective over all ranks.
 
     Raises:
-        ExportError: The exported model's tensors do not read back, or its logits differ from the actor's.
+        ExportError: It cannot be written, its tensors do not read back, or its logits differ from the actor's; raised
+            on every rank.
     """
     config = run.config.checkpoint
     if not config.export_at_end or run.actor.train_step is None:
@@ -49,32 +54,50 @@ def export_when_done(run: Run) -> None:
         writer = _write(run, dtype)
         try:
             proof = _verify(run, writer, dtype) if config.verify_export else []
-        except ExportError:
+            on_main_rank(lambda: _complete(run, writer, dtype, proof))
+        except RunError:
             if writer is not None:
-                writer.abandon()
+                writer.folder.abandon()
             raise
-        if writer is not None:
-            _write_cards(run, writer.partial, dtype, proof)
-            writer.commit()
-            logger.info("exported the model to %s", writer.target)
 
 
 def _write(run: Run, dtype: torch.dtype) -> HfFolderWriter | None:
     """Write the partial folder on rank 0, which has the writer, while all ranks feed the stream."""
-    bridge, chunks = run.actor.bridge, unwrap(run.actor.chunks)
-    stream = bridge.export(chunks, dtype)
-    if run.directory is None:
-        for _ in stream:
-            pass
-        return None
-    writer = HfFolderWriter(
-        run.directory.export,
-        bridge.folder,
-        bridge.export_config(dtype),
-        remembers=run.config.checkpoint.verify_export,
-    )
-    writer.write(stream)
+    bridge = run.actor.bridge
+    stream = bridge.export(unwrap(run.actor.chunks), dtype)
+    num_bytes = sum(math.prod(shape) for shape in bridge.shapes.values()) * dtype.itemsize
+    writer = None
+    if run.directory is not None:
+        writer = HfFolderWriter(
+            run.directory.export,
+            bridge.folder,
+            bridge.export_config(dtype),
+            remembers=run.config.checkpoint.verify_export,
+        )
+
+    def write() -> None:
+        try:
+            if writer is not None:
+                with disk_errors_told(writer.partial, "cannot be written", ExportError):
+                    writer.write(stream, num_bytes)
+        except ConfigError as error:
+            raise ExportError(str(error)) from error
+        finally:
+            # All ranks take part to the end, whatever has happened on rank 0.
+            for _ in stream:
+                pass
+
+    on_every_rank(write)
     return writer
+
+
+def _complete(run: Run, writer: HfFolderWriter | None, dtype: torch.dtype, proof: Sequence[str]) -> None:
+    """Give the export its cards and its name."""
+    assert writer is not None, "rank 0 has it"
+    with disk_errors_told(writer.partial, "cannot be completed", ExportError):
+        _write_cards(run, writer.partial, dtype, proof)
+        writer.folder.commit()
+    logger.info("exported the model to %s", writer.folder.target)
 
 
 def _write_cards(run: Run, folder: Path, dtype: torch.dtype, proof: Sequence[str]) -> None:
@@ -101,9 +124,9 @@ def _verify(run: Run, writer: HfFolderWriter | None, dtype: torch.dtype) -> list
     Returns:
         What was found equal, in lines.
     """
-    target, folder, faults = broadcast_json(
-        None if writer is None else [str(writer.target), str(writer.partial), writer.check_bytes()], 0
-    )
+    faults = broadcast_json(on_main_rank(lambda: _faults(writer)), 0)
+    paths = None if writer is None else [str(writer.folder.target), str(writer.partial)]
+    target, folder = broadcast_json(paths, 0)
     if faults:
         raise ExportError(f"{target}: {len(faults)} tensors do not read back as they were written: {faults[0]}")
     context, bridge = run.context, run.actor.bridge
@@ -124,6 +147,12 @@ def _verify(run: Run, writer: HfFolderWriter | None, dtype: torch.dtype) -> list
         raise ExportError(f"{target}: its logits differ from the actor's ({text}); there is no export")
     logger.info("the export's logits match the actor's: %s", text)
     return ["every tensor reads back as the actor gave it (SHA-256)", f"logits on {kind}: {text}"]
+
+
+def _faults(writer: HfFolderWriter | None) -> list[str]:
+    assert writer is not None, "rank 0 has it"
+    with disk_errors_told(writer.partial, "cannot be read", ExportError):
+        return writer.check_bytes()
 
 
 def _compare(

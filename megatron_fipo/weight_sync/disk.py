@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from megatron_fipo.config.weight_sync import WeightSyncConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.conversion.hf_folder import INDEX_NAME, save_tensors
@@ -119,7 +117,7 @@ class DiskTransport:
             num_bytes += sum(tensor.nbytes for tensor in tensors.values())
             try:
                 save_tensors(tensors, partial / file)
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 problem = str(error)
         return weight_map, num_bytes, problem
 

@@ -92,7 +92,7 @@ def export_with_overrides(root: Path, architecture: str) -> dict[str, Any]:
         config = actor.bridge.export_config(torch.float32)
         writer = HfFolderWriter(target, root / architecture, config)
         writer.write(actor.bridge.export(unwrap(actor.chunks)))
-        writer.commit()
+        writer.folder.commit()
         logits = sequence_logits(actor, BATCH)
         seq_length = actor.provider.seq_length
     exported = AutoModelForCausalLM.from_pretrained(target)

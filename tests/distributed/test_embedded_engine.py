@@ -236,7 +236,7 @@ def push_and_generate(folder: Path, target: Path, layout: dict[str, int]) -> dic
     else:
         writer = HfFolderWriter(target, folder, bridge.export_config(torch.float32))
         writer.write(stream)
-        writer.commit()
+        writer.folder.commit()
         outcome["generated"] = plain(asyncio.run(generate(engine, mixed_requests())))
         engine.release()
     destroy_parallel_context()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -184,7 +185,7 @@ def test_a_small_model_is_written_as_one_file(tmp_path):
     partial = writer.write(TENSORS.items())
     assert not target.exists(), "it must not be there before it is known to be good"
     assert check_weights(partial) == SHAPES
-    writer.commit()
+    writer.folder.commit()
     assert not partial.exists()
     names = sorted(path.name for path in target.iterdir())
     assert names == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
@@ -203,7 +204,7 @@ def test_a_large_model_is_written_in_shards_with_an_index(tmp_path):
     tensors = {f"t{number}": torch.full((10,), float(number)) for number in range(5)}  # 40 bytes each
     writer = HfFolderWriter(tmp_path / "final", write_source(tmp_path / "source"), CONFIG, max_shard_bytes=100)
     writer.write(tensors.items())
-    writer.commit()
+    writer.folder.commit()
     first, second, third = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
     index = json.loads((tmp_path / "final" / INDEX).read_text())
     assert index == {
@@ -219,7 +220,7 @@ def test_a_tensor_beyond_the_shard_size_gets_its_own_file(tmp_path):
     tensors = {"small": torch.zeros(1), "large": torch.zeros(100), "last": torch.zeros(1)}
     writer = HfFolderWriter(tmp_path / "final", write_source(tmp_path / "source"), CONFIG, max_shard_bytes=50)
     writer.write(tensors.items())
-    writer.commit()
+    writer.folder.commit()
     weight_map = json.loads((tmp_path / "final" / INDEX).read_text())["weight_map"]
     assert len(set(weight_map.values())) == 3
 
@@ -233,7 +234,7 @@ def test_the_stream_may_reuse_its_buffer(tmp_path):
 
     writer = HfFolderWriter(tmp_path / "final", write_source(tmp_path / "source"), CONFIG)
     writer.write(stream())
-    writer.commit()
+    writer.folder.commit()
     written = load_file(tmp_path / "final" / "model.safetensors")
     assert {name: tensor.tolist() for name, tensor in written.items()} == {
         "t0": [0.0] * 3,
@@ -254,17 +255,30 @@ def test_an_interrupted_write_leaves_no_target_and_can_be_repeated(tmp_path):
     assert not (tmp_path / "final").exists()
     writer = HfFolderWriter(tmp_path / "final", source, CONFIG)
     writer.write(TENSORS.items())
-    writer.commit()
+    writer.folder.commit()
     assert check_weights(tmp_path / "final") == SHAPES
     assert not list((tmp_path / "final").glob("shard-*"))
 
 
 def test_an_existing_target_is_refused(tmp_path):
     (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "theirs").touch()
     writer = HfFolderWriter(tmp_path / "final", write_source(tmp_path / "source"), CONFIG)
-    with pytest.raises(FileExistsError, match="final: already exists; choose another export folder or remove it"):
+    with pytest.raises(ConfigError, match="export = .*final: must be a new or empty folder, and it is not"):
         writer.write(TENSORS.items())
-    assert list((tmp_path / "final").iterdir()) == []
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["theirs"]
+
+
+def test_a_full_disk_is_told_as_such_and_leaves_nothing(tmp_path):
+    writer = HfFolderWriter(tmp_path / "final", write_source(tmp_path / "source"), CONFIG)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: .*shard-00000.safetensors"):
+            writer.write({"a": torch.zeros(1000)}.items())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("write", [write_single, write_sharded])
