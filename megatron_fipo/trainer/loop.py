@@ -87,7 +87,16 @@ def _ending_on_request(run: Run) -> Iterator[None]:
 
 
 def end_on_request(run: Run) -> None:
-    """Bring the run to an end between two steps; a rollout or an evaluation that was broken off does not count."""
+    """Bring the run to an end between two steps; a rollout or an evaluation that was broken off does not count.
+
+    Raises:
+        CheckpointError: It could not be saved, or is not to be.
+    """
+    is_saved = run.finished_steps in (0, run.checkpointer.saved_step)
+    if not is_saved and not run.config.checkpoint.every_steps:
+        raise CheckpointError(
+            f"it was asked to end after step {run.finished_steps}, and checkpoint.every_steps = 0 saves nothing"
+        )
     if run.unreported is not None:
         run.unreported.metrics |= run.timer.drain()
     save_or_fail(run, is_needed=True)
@@ -188,7 +197,9 @@ def distribute_batch(run: Run, batch: TrainBatch | None) -> list[list[MicroBatch
             batch, packing_rules(run.config.parallelism), run.context, compute_device(), run.actor.forward.routing
         )
     if run.config.mode == "train" and batch is not None and batch.routing_file is not None:
-        batch.routing_file.unlink()
+        # On this rank alone; one that stays is written over.
+        with suppress(OSError):
+            batch.routing_file.unlink()
     return micro_batches
 
 

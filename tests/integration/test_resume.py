@@ -8,6 +8,7 @@ import pytest
 
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.runtime.logging import quiet_upstream
+from megatron_fipo.runtime.stop_request import StopRequest
 from tests.distributed_helpers import run_distributed
 from tests.integration.small_runs import (
     Ended,
@@ -188,11 +189,62 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_once_there_is_roo
     assert [line["step"] for line in lines(full)] == list(range(STEPS + 1))
 
 
+def ask_to_end(run: Any) -> None:
+    """After the first step."""
+    run.stop = StopRequest()
+    if run.metrics_writer is not None:
+        write = run.metrics_writer.write
+
+        def write_and_ask(metrics: dict[str, Any]) -> None:
+            write(metrics)
+            if metrics["step"] == 1:
+                run.stop.ask("SIGTERM")
+
+        run.metrics_writer.write = write_and_ask
+
+
+def begin_without_checkpoints(without: RunConfig, with_them: RunConfig) -> list[Ended]:
+    quiet_upstream()
+    return [run_to_its_end(without, ask_to_end), run_to_its_end(without), run_to_its_end(with_them)]
+
+
 def test_a_run_without_checkpoints_is_not_begun_anew_unasked(root: Path) -> None:
-    without = config(root, "without", 1, checkpoint={"every_steps": 0, "export_at_end": False})
-    first, second = ends_of([without, without])
-    assert first.error == ()
-    kind, text = second.error
-    assert kind == "ConfigError"
-    assert text.startswith(f"output_dir = {without.output_dir}: holds a run of 1 steps without a checkpoint")
+    values: dict[str, Any] = {"export_at_end": False}
+    without, with_them = (
+        config(root, "without", 2, checkpoint=values | {"every_steps": every_steps}) for every_steps in (0, 1)
+    )
+    (asked, *again), _ = run_distributed(begin_without_checkpoints, 2, without, with_them)
+    assert asked.error[1] == "it was asked to end after step 1, and checkpoint.every_steps = 0 saves nothing"
+    for end in again:
+        kind, text = end.error
+        assert kind == "ConfigError"
+        assert text.startswith(f"output_dir = {without.output_dir}: holds a run of 1 steps without a checkpoint")
     assert [line["step"] for line in lines(without)] == [0, 1]
+
+
+def fill_the_disk_after_the_last_step(run: Any) -> None:
+    if run.metrics_writer is not None:
+        write = run.metrics_writer.write
+
+        def write_and_fill(metrics: dict[str, Any]) -> None:
+            write(metrics)
+            if metrics["step"] == run.config.num_steps:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (run.directory.metrics_file.stat().st_size, -1))
+
+        run.metrics_writer.write = write_and_fill
+
+
+def export_without_room(full: RunConfig) -> list[Ended]:
+    quiet_upstream()
+    ended = run_to_its_end(full, fill_the_disk_after_the_last_step)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return [ended, run_to_its_end(full)]
+
+
+def test_an_export_without_room_ends_the_run_with_one_line_and_leaves_nothing(root: Path) -> None:
+    full = config(root, "no_room", 1, evaluation={"num_prompts": 4})
+    first, second = run_distributed(export_without_room, 2, full)
+    (text,) = {ends[0].error[1] for ends in (first, second)}
+    assert text.startswith(f"{full.output_dir}/.export.partial/shard-00000.safetensors: cannot be written (File too")
+    assert first[1].error == ()
+    assert sorted(path.name for path in full.output_dir.glob("*export*")) == ["export"]
