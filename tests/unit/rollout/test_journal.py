@@ -1,5 +1,6 @@
 import asyncio
 import dataclasses
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -179,4 +180,23 @@ def test_a_served_batch_is_on_disk_before_it_is_handed_over(tmp_path: Path) -> N
         await controller.close()
 
     # In real time: the file is written by another thread.
+    asyncio.run(work())
+
+
+def test_a_batch_that_cannot_be_journalled_is_not_handed_over_and_leaves_nothing(tmp_path: Path) -> None:
+    async def work() -> None:
+        controller, _ = Simulation(
+            lengths=lambda prompt, sample: 1 + prompt % 2, config={"policy_lag": 1}, recipe={"journal": tmp_path}
+        ).build()
+        await controller.resume(0, ())
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            with pytest.raises(JournalError, match=r"cannot be written \(File too large\); free some space"):
+                await controller.next_rollout(1, 0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert list(tmp_path.iterdir()) == []
+        await controller.close()
+
     asyncio.run(work())
