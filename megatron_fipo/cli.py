@@ -1,11 +1,16 @@
 """The command line: `megatron-fipo COMMAND CONFIG.yaml [--section.field value ...]`."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron_fipo.runtime.exit_codes import GO_ON, INTERRUPTED, TERMINATED
+from megatron_fipo.runtime.stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from megatron_fipo.config.evaluate import EvaluateConfig
@@ -38,6 +43,12 @@ megatron-fipo convert to-hf RUN|CHECKPOINT OUT | to-megatron HF OUT | verify RUN
 
 # What a command meets first where the package was installed for its losses alone.
 _IN_EXTRAS = frozenset({"aiohttp", "numpy", "psutil", "pydantic", "rich", "tyro", "yaml"})
+# What a command ends with on a signal; one that is not named does nothing.
+_AT_ONCE = {"SIGINT": INTERRUPTED, "SIGTERM": TERMINATED, "SIGUSR1": GO_ON}
+_STOP_STATUSES = {
+    "train": {"SIGINT": INTERRUPTED, "SIGTERM": GO_ON, "SIGUSR1": GO_ON},
+    "serve": {"SIGINT": INTERRUPTED, "SIGTERM": TERMINATED},
+}
 # A large model's logits are computed by one rank, while the others wait.
 _CONVERSION_TIMEOUT_S = 24 * 3600.0
 _INSTALL = "pip install 'megatron-fipo[train]', or [launch] to check configurations; docs/install.md has the rest"
@@ -63,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"megatron-fipo: no command {words[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        return commands[words[0]](words[1:])
+        with _ending_at_once("train --replay" if words[1:2] == ["--replay"] else words[0]):
+            return commands[words[0]](words[1:])
     except ConfigError as error:
         # Without a rank (the launcher's variables are wrong, perhaps on this one alone) every process speaks.
         if int(os.environ.get("RANK", "0")) == 0:
@@ -90,8 +102,7 @@ def _train(words: Sequence[str]) -> int:
     if "WORLD_SIZE" not in os.environ:
         # Several ranks see a directory that changes: rank 0 may have begun the run already.
         _check_directory(config)
-    with _ending_at_once():
-        return _train_on_ranks(config)
+    return _train_on_ranks(config)
 
 
 def _evaluate(words: Sequence[str]) -> int:
@@ -140,7 +151,6 @@ def _check_directory(config: "RunConfig") -> "list[Change]":
 
 def _serve(words: Sequence[str]) -> int:
     import asyncio
-    import signal
 
     from megatron_fipo.config.base import require
     from megatron_fipo.rollout.servers.agent import serve
@@ -185,10 +195,12 @@ def _convert(words: Sequence[str]) -> int:
     conversion = parse(words)
 
     from megatron_fipo.config.watchdog import WatchdogConfig
-    from megatron_fipo.runtime.exit_codes import INTERRUPTED, TERMINATED
+    from megatron_fipo.runtime.whole_folder import WholeFolder
     from megatron_fipo.trainer.convert.command import convert
     from megatron_fipo.trainer.ranks import RankWork, do_on_ranks
 
+    writes = conversion.direction != "verify"
+    left = f", and removes {WholeFolder(conversion.target, 'OUT').partial} first" if writes else ""
     return do_on_ranks(
         RankWork(
             do=lambda rank, where, stop: convert(conversion),
@@ -197,7 +209,8 @@ def _convert(words: Sequence[str]) -> int:
             # Nothing tells of its progress.
             watchdog=WatchdogConfig(stall_after_s=0),
             longest_wait_s=_CONVERSION_TIMEOUT_S,
-            stop_statuses={"SIGINT": INTERRUPTED, "SIGTERM": TERMINATED},
+            stop_statuses=_AT_ONCE,
+            way_on=f"the same command begins anew{left}",
         )
     )
 
@@ -227,22 +240,21 @@ def _read_config[T](cls: type[T], command: str, words: Sequence[str], wider: typ
 
 
 @contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """End a run at once where a signal asks for it and nobody listens yet: imports take seconds, and lose nothing."""
-    import signal
-    import threading
-
-    from megatron_fipo.runtime.exit_codes import GO_ON, INTERRUPTED
-
-    statuses = {signal.SIGTERM: GO_ON, signal.SIGUSR1: GO_ON, signal.SIGINT: INTERRUPTED}
+def _ending_at_once(command: str) -> Iterator[None]:
+    """End the process at once on a signal that nobody else listens to: imports take seconds, and lose nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    statuses = _STOP_STATUSES.get(command, _AT_ONCE)
 
     def end(number: int, _frame: object) -> None:
-        os._exit(statuses[signal.Signals(number)])
+        name = signal.Signals(number).name
+        if name in statuses:
+            if int(os.environ.get("RANK", "0")) == 0:
+                os.write(2, f"megatron-fipo: {command} ended on {name}\n".encode())
+            os._exit(statuses[name])
 
-    before = {number: signal.signal(number, end) for number in statuses}
+    before = {number: signal.signal(number, end) for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -266,7 +278,6 @@ def _train_on_ranks(config: "RunConfig") -> int:
 
 def _evaluate_on_ranks(config: "EvaluateConfig") -> int:
     from megatron_fipo.config.watchdog import WatchdogConfig
-    from megatron_fipo.runtime.exit_codes import INTERRUPTED, TERMINATED
     from megatron_fipo.trainer.evaluation.command import evaluate
     from megatron_fipo.trainer.ranks import RankWork, do_on_ranks
 
@@ -278,7 +289,7 @@ def _evaluate_on_ranks(config: "EvaluateConfig") -> int:
             # Nothing tells of its progress.
             watchdog=WatchdogConfig(stall_after_s=0),
             # What it has finished is on disk at any time.
-            stop_statuses={"SIGINT": INTERRUPTED, "SIGTERM": TERMINATED},
+            stop_statuses=_AT_ONCE,
         )
     )
 

@@ -39,8 +39,8 @@ WRITE_S = 20.0
 """How long the report may take to be written: the file system may be what hangs."""
 _SECOND_AFTER_S = 1.0
 _PARTING_S = 2.0
-_GOES_ON = "the same command goes on"
-_DIED = f"died without a word; {_GOES_ON}"
+GOES_ON = "the same command goes on"
+"""What becomes of most work after an early end."""
 _ENDING_S = 60.0
 _LONG_PHASES = frozenset({START_UP, "rollout", "evaluation", "weight_sync", "checkpoint", "export"})
 
@@ -58,6 +58,7 @@ class WatchSettings:
         stall_after_s: Seconds without progress that are too many; 0 for any number.
         long_stall_after_s: The same in phases whose pieces of work take long.
         stop_statuses: Exit status of the process by the signal that ended it in good order.
+        way_on: What becomes of the work after an early end.
     """
 
     rank: int
@@ -68,6 +69,7 @@ class WatchSettings:
     stall_after_s: float
     long_stall_after_s: float
     stop_statuses: Mapping[str, int] = field(default_factory=dict)
+    way_on: str = GOES_ON
 
 
 class Watchdog:
@@ -105,6 +107,10 @@ class Watchdog:
     @property
     def _is_main(self) -> bool:
         return self._settings.rank == 0
+
+    @property
+    def _died(self) -> str:
+        return f"died without a word; {self._settings.way_on}"
 
     def __enter__(self) -> Self:
         signals = self._resources.enter_context(stop_signals())
@@ -207,7 +213,7 @@ class Watchdog:
     def _see_to_stop(self) -> None:
         name, signal_name = self._settings.name, self._stop.signal
         if self._stop.has_nothing_to_save:
-            self._begin_end(self._stop_status(signal_name), f"{name} ended on {signal_name}; there was nothing to save")
+            self._begin_end(self._stop_status(signal_name), f"{name} ended on {signal_name}; {self._settings.way_on}")
         elif self._loop.time() - self._asked_at > self._settings.stop_within_s:
             self._begin_end(
                 self._stop_status(signal_name),
@@ -253,7 +259,7 @@ class Watchdog:
     def _end_with_the_dead(self) -> None:
         names = ", ".join(peer.name for peer in sorted(self._gone, key=lambda each: each.rank)[:8])
         more = f" and {len(self._gone) - 8} more ranks" if len(self._gone) > 8 else ""
-        self._begin_end(None, f"{self._settings.name} stopped: {names}{more} {_DIED}")
+        self._begin_end(None, f"{self._settings.name} stopped: {names}{more} {self._died}")
 
     def _hear_hub(self, message: Mapping[str, Any]) -> None:
         self._hub_heard_at = self._loop.time()
@@ -270,7 +276,7 @@ class Watchdog:
     def _lose_hub(self) -> None:
         if not self._hub_has_left and not self._is_ending:
             self._hub_is_gone = True
-            text = f"{self._settings.name} stopped: {self._line.hub_name} {_DIED}"
+            text = f"{self._settings.name} stopped: {self._line.hub_name} {self._died}"
             self._loop.call_later(DEATH_GRACE_S, self._begin_end, None, text)
 
     def _answer(self) -> None:
@@ -406,7 +412,9 @@ class Watchdog:
         if not self._is_main:
             # Rank 0, once it is awake, ends the others, which write a report of their own.
             await asyncio.sleep(_PARTING_S)
-        self._begin_end(None, f"{summary(reason, states) if self._is_main else reason}; {place}; {_GOES_ON}")
+        self._begin_end(
+            None, f"{summary(reason, states) if self._is_main else reason}; {place}; {self._settings.way_on}"
+        )
 
     # Ends.
 

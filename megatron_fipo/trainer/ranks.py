@@ -24,11 +24,13 @@ from megatron_fipo.runtime.errors import BreakdownError, RunError
 from megatron_fipo.runtime.exit_codes import DONE, FAILED, GO_ON, INTERRUPTED
 from megatron_fipo.runtime.logging import setup_logging
 from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
-from megatron_fipo.runtime.watchdog import Watchdog, WatchSettings
+from megatron_fipo.runtime.watchdog import GOES_ON, Watchdog, WatchSettings
 from megatron_fipo.runtime.whereabouts import Whereabouts
 
 # The watchdog comes first: it knows which rank is missing.
 _TIMEOUT_OVER_WATCHDOG_S = 600.0
+# Launchers start ranks together.
+_START_PATIENCE = timedelta(minutes=30)
 _MEETING_PATIENCE_S = 30.0
 _LOOPBACK = "127.0.0.1"
 
@@ -48,6 +50,7 @@ class RankWork:
         watchdog: When it is ended.
         longest_wait_s: How long one rank may do something by itself while the others are in a collective.
         stop_statuses: Exit status by the signal that ended it, where that is not `GO_ON`.
+        way_on: What becomes of it after an early end, in messages.
     """
 
     do: Callable[[int, Whereabouts, StopRequest], None]
@@ -56,6 +59,7 @@ class RankWork:
     watchdog: WatchdogConfig
     longest_wait_s: float = 1800.0
     stop_statuses: Mapping[str, int] = field(default_factory=lambda: {"SIGINT": INTERRUPTED})
+    way_on: str = GOES_ON
 
 
 def do_on_ranks(work: RankWork) -> int:
@@ -78,8 +82,7 @@ def do_on_ranks(work: RankWork) -> int:
     except RunError as error:
         return _told(rank, f"{work.name} stopped: {error}", FAILED)
     except StopRequested as reason:
-        text = f"{work.name} ended on {reason}; the same command goes on with it"
-        return _told(rank, text, work.stop_statuses.get(str(reason), GO_ON))
+        return _told(rank, f"{work.name} ended on {reason}; {work.way_on}", work.stop_statuses.get(str(reason), GO_ON))
     except ConfigError:
         raise
     except Exception:
@@ -106,6 +109,7 @@ def _settings(work: RankWork, rank: int) -> WatchSettings:
         stall_after_s=work.watchdog.stall_after_s,
         long_stall_after_s=work.watchdog.long_stall_after_s,
         stop_statuses=work.stop_statuses,
+        way_on=work.way_on,
     )
 
 
@@ -117,7 +121,8 @@ def _process_group(watchdog: Watchdog, timeout: timedelta) -> Iterator[None]:
         torch.cuda.set_device(compute_device())
     record_collectives()
     if "WORLD_SIZE" in os.environ:
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store, rank, world_size = next(rendezvous("env://", timeout=min(timeout, _START_PATIENCE)))
+        store.set_timeout(timeout)
         if world_size > 1:
             _open_side_channel(dist.PrefixStore("side_channel", store), rank, watchdog)
         store = dist.PrefixStore("ranks", store)

@@ -50,6 +50,7 @@ def replay_dump(words: Sequence[str]) -> int:
             # Nothing tells of its progress.
             watchdog=WatchdogConfig(stall_after_s=0),
             stop_statuses={"SIGINT": INTERRUPTED, "SIGTERM": TERMINATED},
+            way_on="the same command begins anew",
         )
     )
     return status or (0 if outcomes[0].is_same else FAILED)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -29,7 +30,7 @@ from megatron_fipo.platform.checkpoint_reader import read_index
 from megatron_fipo.runtime import checkpoint_store
 from megatron_fipo.runtime.checkpoint_store import read_checkpoint, write_manifest
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.runtime.exit_codes import TERMINATED
+from megatron_fipo.runtime.exit_codes import FAILED, TERMINATED
 from megatron_fipo.trainer.convert import to_hf as to_hf_module
 from megatron_fipo.trainer.convert.command import convert
 from megatron_fipo.trainer.convert.options import ConvertOptions
@@ -550,19 +551,33 @@ def test_a_conversion_that_is_killed_leaves_no_folder_but_a_hidden_one(root: Pat
     assert leftovers(tmp_path) == ["export"]
 
 
-def test_a_conversion_that_is_asked_to_end_does_so_on_every_rank(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "statuses", "end"),
+    [
+        (signal.SIGTERM, [TERMINATED, TERMINATED], "ended on SIGTERM; "),
+        (signal.SIGKILL, [-signal.SIGKILL, FAILED], r"stopped: rank 0 \(.*\) died without a word; "),
+    ],
+)
+def test_a_conversion_that_is_interrupted_ends_on_every_rank_and_can_be_begun_anew(
+    number: int, statuses: list[int], end: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def be_asked(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+    def be_interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), number)
         threading.Event().wait()
 
+    words = ["convert", "to-hf", root / "run", tmp_path / "export", "--verify", "bytes"]
     # The ranks are forked from this process.
-    monkeypatch.setattr(SafetensorsWriter, "write", be_asked)
-    with CliRanks(tmp_path / "ranks", ["convert", "to-hf", root / "run", tmp_path / "export"]) as ranks:
-        assert ranks.wait(60)[0] == [TERMINATED, TERMINATED], ranks.told()
-    assert "the conversion ended on SIGTERM" in ranks.told()
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsWriter, "write", be_interrupted)
+        with CliRanks(tmp_path / "ranks", words) as ranks:
+            assert ranks.wait(60)[0] == statuses, ranks.told()
+    again = f"the same command begins anew, and removes {tmp_path}/.export.partial first"
+    last = ranks.last_line(statuses.index(max(statuses)))
+    assert re.fullmatch(f"megatron-fipo: the conversion {end}{re.escape(again)}", last), last
     assert leftovers(tmp_path) == [".export.partial", "ranks"]
+    with CliRanks(tmp_path / "ranks", words) as ranks:
+        assert ranks.wait(60)[0] == [0, 0], ranks.told()
+    assert leftovers(tmp_path) == ["export", "ranks"]
 
 
 def test_a_difference_leaves_no_folder(root: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def saved_steps(config: RunConfig) -> list[int]:
 
 def ended(number: signal.Signals) -> str:
     """What rank 0 says."""
-    return f"megatron-fipo: the run ended on {number.name}; the same command goes on with it"
+    return f"megatron-fipo: the run ended on {number.name}; the same command goes on"
 
 
 def test_a_run_that_was_stopped_everywhere_is_the_run_that_never_was(root: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_where_nothing_can_be_lost_a_run_ends_at_once(place: str, root: Path, tm
         statuses, seconds = ranks.wait(60.0)
         assert statuses == [GO_ON, GO_ON]
         assert seconds < 4.0
-        assert ranks.last_line() == "megatron-fipo: the run ended on SIGTERM; there was nothing to save"
+        assert ranks.last_line() == "megatron-fipo: the run ended on SIGTERM; the same command goes on"
         assert ranks.told(1) == ""
 
 
@@ -193,16 +193,25 @@ def test_an_evaluation_ends_at_once(number: signal.Signals, status: int, root: P
         statuses, seconds = ranks.wait(60.0)
         assert statuses == [status]
         assert seconds < 4.0
-        assert ranks.last_line() == f"megatron-fipo: the evaluation ended on {number.name}; there was nothing to save"
+        assert ranks.last_line() == f"megatron-fipo: the evaluation ended on {number.name}; the same command goes on"
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGUSR1, GO_ON), (signal.SIGTERM, GO_ON), (signal.SIGINT, INTERRUPTED)]
+    ("words", "number", "status"),
+    [
+        (["train"], signal.SIGUSR1, GO_ON),
+        (["train"], signal.SIGTERM, GO_ON),
+        (["train"], signal.SIGINT, INTERRUPTED),
+        (["evaluate"], signal.SIGTERM, TERMINATED),
+        (["convert", "verify", "checkpoint"], signal.SIGINT, INTERRUPTED),
+    ],
 )
-def test_a_signal_while_a_rank_imports_ends_it_with_its_status(number: signal.Signals, status: int, root: Path) -> None:
+def test_a_signal_while_a_rank_imports_ends_it_with_its_status(
+    words: list[str], number: signal.Signals, status: int, root: Path
+) -> None:
     path = root / "importing.yaml"
-    path.write_text(dump_config(small_run(root, "importing")))
-    command = [sys.executable, "-X", "importtime", "-m", "megatron_fipo.cli", "train", str(path)]
+    path.write_text(dump_config(small_run(root, "importing", data=prompts(root, held_out="held_out"))))
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_fipo.cli", *words, str(path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         # One of the first things that torch brings, which then takes seconds.
@@ -210,6 +219,7 @@ def test_a_signal_while_a_rank_imports_ends_it_with_its_status(number: signal.Si
         process.send_signal(number)
         _, told = process.communicate(timeout=60.0)
     assert process.returncode == status
+    assert told.splitlines()[-1] == f"megatron-fipo: {words[0]} ended on {number.name}"
     assert "Traceback" not in told
     assert not (root / "importing").exists()
 
