@@ -236,7 +236,7 @@ class TrainStep:
         return total
 
     def _summarise(self, micro_batches: Sequence[MicroBatch], parts: list[dict[str, Any]]) -> dict[str, Any]:
-        """Loss sum and metrics over all ranks, on all ranks."""
+        """Loss sum and metrics over all ranks, the same on all ranks."""
         context = self.context
         summary: dict[str, Any] = {}
         if context.is_pipeline_last_stage:
@@ -250,9 +250,10 @@ class TrainStep:
             summary |= {"metrics": rendered, "culprit": ""}
             if not math.isfinite(summary["numerator"]):
                 summary["culprit"] = self._find_culprit(micro_batches, parts)
-        if context.pp_size > 1:
-            last = dist.get_global_rank(context.pp_group, context.pp_size - 1)
-            summary = broadcast_json(summary, last, context.pp_group)
+        # Ranks that disagree about an update, one of which has seen a NaN, would wait for each other for ever.
+        for group, source in ((context.tp_group, 0), (context.pp_group, context.pp_size - 1)):
+            if group.size() > 1:
+                summary = broadcast_json(summary, dist.get_global_rank(group, source), group)
         return summary
 
     def _find_culprit(self, micro_batches: Sequence[MicroBatch], parts: list[dict[str, Any]]) -> str:

@@ -239,6 +239,8 @@ ON_TWO_RANKS: dict[str, Case] = {
     # The second update of the second step; of two replicas one has the NaN.
     "loss": Case(spoil("advantages", math.nan, 5, rank=1), changes=TWO_STEPS, dump=2),
     "loss_skipped": Case(spoil("advantages", math.nan, 2, rank=0), SKIP, dump=1),
+    # Its peer in the tensor-parallel group sees nothing wrong.
+    "loss_of_a_rank": Case(spoil("advantages", math.nan, 2, rank=0), SKIP, {"parallelism": TP}, dump=1),
     "loss_pp": Case(spoil("old_log_probs", math.nan, 2), changes={"parallelism": PP}, dump=1),
     "gradient_tp": Case(spoil("advantages", 3e38, 2), changes={"parallelism": TP}, dump=1),
     "gradient_pp": Case(break_gradient(1), {"max_dumps": 0}, {"parallelism": PP}),
@@ -304,6 +306,7 @@ def test_all_ranks_see_and_decide_alike(seen: dict[str, list[Seen]]) -> None:
 APPLIED = {
     "loss": [True, True, True, True, False],
     "loss_skipped": [True, False, True],
+    "loss_of_a_rank": [True, False, True],
     "loss_pp": [True, False],
     "gradient_tp": [True, False],
     "gradient_pp": [False],
