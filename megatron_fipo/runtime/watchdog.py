@@ -193,6 +193,9 @@ class Watchdog:
             elif self._line.is_open:
                 self._line.send({"signal": number.name})
                 self._line.wake()
+            elif self._hub_is_gone:
+                # A launcher ends all ranks once one has died.
+                self._end_without_hub()
             else:
                 self._leave(self._stop_status(number.name), "")
         # A launcher passes on what it got itself, within moments.
@@ -211,6 +214,9 @@ class Watchdog:
             self._see_to_stop()
 
     def _see_to_stop(self) -> None:
+        if self._gone:
+            # The run is ended for that in a moment.
+            return
         name, signal_name = self._settings.name, self._stop.signal
         if self._stop.has_nothing_to_save:
             self._begin_end(self._stop_status(signal_name), f"{name} ended on {signal_name}; {self._settings.way_on}")
@@ -276,8 +282,10 @@ class Watchdog:
     def _lose_hub(self) -> None:
         if not self._hub_has_left and not self._is_ending:
             self._hub_is_gone = True
-            text = f"{self._settings.name} stopped: {self._line.hub_name} {self._died}"
-            self._loop.call_later(DEATH_GRACE_S, self._begin_end, None, text)
+            self._loop.call_later(DEATH_GRACE_S, self._end_without_hub)
+
+    def _end_without_hub(self) -> None:
+        self._begin_end(None, f"{self._settings.name} stopped: {self._line.hub_name} {self._died}")
 
     def _answer(self) -> None:
         """Tell rank 0 what this one does; in a thread of its own."""
