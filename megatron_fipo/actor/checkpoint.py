@@ -7,10 +7,10 @@ What is not a tensor is in `state.json`, so that nothing there is a pickle that 
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import megatron_fipo.platform.megatron  # noqa: F401  (patches before the first megatron import)
 
@@ -32,6 +32,7 @@ from megatron_fipo.actor.checkpoint_shards import OPTIMIZER_PREFIX, count_names,
 from megatron_fipo.actor.checkpoint_writer import StagedWriter
 from megatron_fipo.actor.optimizer import ActorOptimizer
 from megatron_fipo.actor.random_states import NUM_BYTES, pack_random_states, unpack_random_states
+from megatron_fipo.parallel.agreement import on_every_rank
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.checkpoint_reader import CheckpointReader, read_index
@@ -136,13 +137,13 @@ class ActorCheckpoint:
         self._require_resident()
         shards = shards_to_read(self.chunks, self.optimizer, self.context)
         random_states = _random_states(self.context)
-        index, state = _agreed(lambda: (read_index(folder), _read_state(folder)))
+        index, state = on_every_rank(lambda: (read_index(folder), _read_state(folder)))
         is_same_grid = state["layout"] == layout_of(self.context)
         names = self._count_names()
-        _agreed(lambda: _check_fit(folder, index, shards, *names))
+        on_every_rank(lambda: _check_fit(folder, index, shards, *names))
         if is_same_grid:
             shards.append(random_states)
-        _agreed(lambda: _read(folder, index, shards))
+        on_every_rank(lambda: _read(folder, index, shards))
         if self.optimizer is not None:
             self.optimizer.set_progress(state["optimizer_steps"], state["schedule_steps"])
         if is_same_grid:
@@ -255,23 +256,6 @@ def _by_name(shards: Sequence[ShardedTensor], is_loading: bool = False) -> dict[
         by_name[shard.key].append(shard)
     tensors: dict[str, Any] = mcore_to_pyt_state_dict(by_name, is_loading)
     return tensors
-
-
-def _agreed[T](action: Callable[[], T]) -> T:
-    """Do something that a checkpoint may make fail, on every rank; collective.
-
-    Raises:
-        CheckpointError: It failed on a rank; raised on all of them.
-    """
-    result, problem = None, ""
-    try:
-        result = action()
-    except CheckpointError as error:
-        problem = str(error)
-    for rank, each in enumerate(gather_json(problem)):
-        if each:
-            raise CheckpointError(f"rank {rank}: {each}")
-    return cast(T, result)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from megatron_fipo.config.load import dump_config, plain_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.metrics.writer import MetricsWriter, check_sinks, open_sinks
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.parallel.context import ParallelContext, build_parallel_context
 from megatron_fipo.rollout.batch import batch_path, load_recorded
@@ -30,7 +31,6 @@ from megatron_fipo.runtime.run_lock import hold_run_directory
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest
 from megatron_fipo.runtime.timing import PhaseTimer
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.checkpointing import Checkpointer, check_best_metric
 from megatron_fipo.trainer.prepare_rollouts import prepare_rollouts
 from megatron_fipo.trainer.recovery import restore_actor, restore_files

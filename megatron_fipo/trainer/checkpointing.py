@@ -13,6 +13,7 @@ from megatron_fipo.actor.checkpoint import ActorCheckpoint, PendingSave, layout_
 from megatron_fipo.config.base import require
 from megatron_fipo.config.checkpoint import CheckpointConfig
 from megatron_fipo.metrics.catalogue import CATALOGUE
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.runtime.checkpoint_store import Checkpoint, CheckpointStore, check_bytes
@@ -20,7 +21,6 @@ from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.hashed_file import FileRecord
 from megatron_fipo.runtime.retention import Retention
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 
 logger = logging.getLogger(__name__)
 

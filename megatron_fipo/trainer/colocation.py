@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.rollout.sglang.client import MemoryTag
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.weight_sync.server_calls import ServerCalls, failures
 
 type Failed = Mapping[str, str]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron_fipo.parallel.agreement import on_every_rank, rebuild
 from megatron_fipo.parallel.collectives import Arrays, broadcast_json
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest, StopRequested
-from megatron_fipo.trainer.agreement import on_every_rank, rebuild
 from megatron_fipo.trainer.controller_link import ControllerEndedError, ControllerLink
 
 WORD_EVERY_S = 20.0

@@ -11,9 +11,9 @@ from typing import Any
 import numpy.typing as npt
 
 from megatron_fipo.config.base import ConfigError
+from megatron_fipo.parallel.agreement import describe
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.messages import encode_message, read_message
-from megatron_fipo.trainer.agreement import describe
 from megatron_fipo.trainer.shared_arrays import share_arrays
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class ControllerService:
         except Exception as error:
             logger.exception("the controller failed")
             problem = f"the rollout controller failed, see above: {type(error).__name__}: {error}"
-            self._send({"answer": number, "error": (RunError.__name__, [problem])})
+            self._send({"answer": number, "error": describe(RunError(problem))})
 
     def _give(self, number: int, answer: Answer) -> None:
         """Send an answer whole, or raise and have sent nothing."""

@@ -26,6 +26,7 @@ from megatron_fipo.actor.train_step import Evidence, TrainStep, UpdateResult
 from megatron_fipo.actor.update_arrays import packs, update_arrays
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import Arrays, broadcast_json, gather_json
 from megatron_fipo.platform.device import uses_cuda
 from megatron_fipo.rollout.batch import RecordedBatchError, load_batch, save_batch
@@ -43,7 +44,6 @@ from megatron_fipo.runtime.json_files import write_json
 from megatron_fipo.runtime.retention import Retention
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.whole_file import whole_file
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.types import TrainBatch
 
 logger = logging.getLogger(__name__)

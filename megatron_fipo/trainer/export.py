@@ -18,12 +18,12 @@ from megatron_fipo.conversion.logit_check import Agreement, compare_logits
 from megatron_fipo.conversion.model_card import CARD_NAME, ModelCard
 from megatron_fipo.conversion.model_files import model_name
 from megatron_fipo.conversion.transformers_run import TransformersRun
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.json_files import read_whole_lines
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.probe import Probe, probe_sequences
 from megatron_fipo.trainer.state import Run
 

@@ -10,13 +10,13 @@ from megatron_fipo.actor.micro_batch import MicroBatch
 from megatron_fipo.actor.shard import packing_rules, shard_micro_batches
 from megatron_fipo.actor.train_step import UpdateResult
 from megatron_fipo.data.stream import EndOfPrompts
+from megatron_fipo.parallel.agreement import on_main_rank, stop_comes_first
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import compute_device
 from megatron_fipo.rollout.batch import batch_path, load_recorded, save_batch
 from megatron_fipo.rollout.controller import Rollout
 from megatron_fipo.runtime.errors import CheckpointError, RunError
 from megatron_fipo.runtime.stop_request import StopRequested
-from megatron_fipo.trainer.agreement import on_main_rank, stop_comes_first
 from megatron_fipo.trainer.dumps import Place
 from megatron_fipo.trainer.evaluation.in_run import evaluate, evaluate_when_due
 from megatron_fipo.trainer.export import export_when_done

@@ -16,6 +16,7 @@ from megatron_fipo.config.load import plain_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.device import DTYPES
@@ -24,7 +25,6 @@ from megatron_fipo.rollout.servers.pool import TrainerRanks
 from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.stop_request import StopRequest
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.colocation import Colocation, ServerMemory
 from megatron_fipo.trainer.controller_calls import ControllerCalls
 from megatron_fipo.trainer.controller_link import ControllerLink

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.conversion.model_files import MODEL_FOLDER
+from megatron_fipo.parallel.agreement import on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rollout.journal import forget_journal
@@ -18,7 +19,6 @@ from megatron_fipo.runtime.checkpoint_store import Checkpoint
 from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.run_dir import RunDirectory
-from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.checkpointing import Checkpointer
 from megatron_fipo.trainer.state import Run, StepReport
 

@@ -30,12 +30,12 @@ from megatron_fipo.config.load import load_config, plain_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.run_changes import Change, changes_between
 from megatron_fipo.conversion.bridge import HfBridge
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import Arrays, gather_json
 from megatron_fipo.parallel.context import build_parallel_context, destroy_parallel_context
 from megatron_fipo.platform.device import compute_device
 from megatron_fipo.runtime.errors import BreakdownError, CheckpointError
 from megatron_fipo.runtime.seeding import derive_seed
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.build import build_actor
 from megatron_fipo.trainer.dumps import ACTOR_FOLDER, CONFIG_FILE, Dump, machine, read_dump
 from megatron_fipo.types import TrainBatch

@@ -11,9 +11,9 @@ from megatron_fipo.metrics.catalogue import CATALOGUE
 from megatron_fipo.metrics.evaluation_table import evaluation_table
 from megatron_fipo.metrics.reduce import reduce_metrics
 from megatron_fipo.metrics.rollout_metrics import batch_metrics
+from megatron_fipo.parallel.agreement import on_main_rank
 from megatron_fipo.platform.device import compute_device, host_memory_bytes, peak_memory_bytes
 from megatron_fipo.rollout.controller import Rollout
-from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.safeguards import null_future_kl_std
 from megatron_fipo.trainer.state import Run, StepReport
 from megatron_fipo.types import Accumulator, Metrics, TrainBatch, render_metrics

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_fipo.config.base import ConfigError
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.rollout.controller import Rollout, RolloutController
 from megatron_fipo.rollout.embedded import EmbeddedEngine
 from megatron_fipo.rollout.samples import Decode
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.stop_request import NO_STOP, StopRequest, StopRequested
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.evaluation.held_out import HeldOutProblems
 from megatron_fipo.weight_sync.base import WeightSync
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_fipo.parallel.agreement import on_every_rank
 from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.trainer.agreement import on_every_rank
 from megatron_fipo.trainer.colocation import Colocation, Failed
 from tests.distributed_helpers import run_distributed
 

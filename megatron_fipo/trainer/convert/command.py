@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.convert.proof import prove
 from megatron_fipo.trainer.convert.source import open_checkpoint
 from megatron_fipo.trainer.convert.target import check_target

@@ -27,10 +27,10 @@ from megatron_fipo.conversion.bridge_import import import_bridge
 from megatron_fipo.conversion.hf_folder import read_stored
 from megatron_fipo.conversion.logit_check import Agreement, compare_logits
 from megatron_fipo.conversion.transformers_run import TransformersRun, is_router
+from megatron_fipo.parallel.agreement import on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.parallel.context import ParallelContext, build_parallel_context, destroy_parallel_context
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.trainer.agreement import on_main_rank
 from megatron_fipo.trainer.convert.options import ConvertOptions
 from megatron_fipo.trainer.convert.source import CheckpointSource, CheckpointWeights
 from megatron_fipo.trainer.probe import Probe, probe_sequences

@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.conversion.hf_folder import read_model_config, read_stored
 from megatron_fipo.conversion.safetensors_file import StoredTensor, TensorRecord, fault_of, record_of
+from megatron_fipo.parallel.agreement import on_every_rank
 from megatron_fipo.parallel.collectives import gather_json
-from megatron_fipo.trainer.agreement import on_every_rank
 from megatron_fipo.trainer.convert.logits import LogitMismatchError, compare_models
 from megatron_fipo.trainer.convert.options import ConversionError, ConvertOptions, told
 from megatron_fipo.trainer.convert.shares import my_share

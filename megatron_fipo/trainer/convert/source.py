@@ -17,6 +17,7 @@ from megatron_fipo.config.algorithm_card import CARD_FILE
 from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.conversion.model_files import MODEL_FOLDER, read_architecture, read_origin
 from megatron_fipo.conversion.tensor_map import Link, tensor_map
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.platform.checkpoint_reader import CheckpointReader, read_index
 from megatron_fipo.runtime.checkpoint_store import (
@@ -28,7 +29,6 @@ from megatron_fipo.runtime.checkpoint_store import (
 )
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.json_files import read_whole_lines
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.checkpointing import ACTOR_FOLDER
 from megatron_fipo.trainer.convert.options import ConvertOptions
 

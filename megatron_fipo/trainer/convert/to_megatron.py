@@ -15,12 +15,12 @@ from megatron_fipo.conversion.hf_folder import model_config_for, read_model_conf
 from megatron_fipo.conversion.model_files import MODEL_FOLDER, read_architecture, write_model_files
 from megatron_fipo.conversion.safetensors_file import StoredTensor
 from megatron_fipo.conversion.tensor_map import Link, tensor_map
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import DTYPES, uses_transformer_engine
 from megatron_fipo.runtime.checkpoint_store import write_manifest
 from megatron_fipo.runtime.hashed_file import FileRecord
 from megatron_fipo.runtime.whole_folder import WholeFolder
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.checkpointing import ACTOR_FOLDER
 from megatron_fipo.trainer.convert.options import ConvertOptions, told
 from megatron_fipo.trainer.convert.proof import prove

@@ -15,6 +15,7 @@ from megatron_fipo.conversion.hf_folder import (
 )
 from megatron_fipo.data.evaluation import load_sources
 from megatron_fipo.data.tokenizer import load_tokenizer
+from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rewards.check import check_prompts
 from megatron_fipo.rewards.pool import RewardPool
@@ -25,7 +26,6 @@ from megatron_fipo.rollout.samples import Decode
 from megatron_fipo.rollout.scoring import Scoring
 from megatron_fipo.rollout.servers.arguments import check_server_arguments
 from megatron_fipo.rollout.sglang.request_router import check_router
-from megatron_fipo.trainer.agreement import on_every_rank, on_main_rank
 from megatron_fipo.trainer.evaluation.directory import prepare_directory
 from megatron_fipo.trainer.evaluation.problems import select_prompts
 from megatron_fipo.trainer.evaluation.served import MakeController, ServedEvaluation

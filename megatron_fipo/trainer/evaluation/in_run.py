@@ -1,6 +1,6 @@
 """Accuracy on held-out problems during a run."""
 
-from megatron_fipo.trainer.agreement import stop_comes_first
+from megatron_fipo.parallel.agreement import stop_comes_first
 from megatron_fipo.trainer.state import Run
 
 

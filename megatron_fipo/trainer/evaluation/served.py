@@ -11,6 +11,7 @@ import aiohttp
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.evaluate import EvaluateConfig
 from megatron_fipo.conversion.hf_folder import read_model_config
+from megatron_fipo.parallel.agreement import on_every_rank
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.controller import RolloutController
 from megatron_fipo.rollout.engine import RolloutEngine, ServerAddress
@@ -21,7 +22,6 @@ from megatron_fipo.rollout.sglang.request_router import open_router
 from megatron_fipo.runtime.background import running
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.run_dir import RunDirectory
-from megatron_fipo.trainer.agreement import on_every_rank
 from megatron_fipo.trainer.controller_calls import WORD_EVERY_S
 from megatron_fipo.trainer.weight_supply import WeightSupply
 

@@ -6,36 +6,11 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.data.stream import EndOfPrompts
 from megatron_fipo.parallel.collectives import gather_json
-from megatron_fipo.rewards.base import RewardError
-from megatron_fipo.rollout.admission import NoSignalError
-from megatron_fipo.rollout.batch import RecordedBatchError
-from megatron_fipo.runtime.checkpoint_store import NewerFormatError
-from megatron_fipo.runtime.errors import BreakdownError, CheckpointError, NonFiniteError, RunError, SafeguardError
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
-from megatron_fipo.trainer.controller_link import ControllerEndedError
 
 type RunEnd = ConfigError | RunError | StopRequested
-
-_KNOWN: dict[str, type[ConfigError] | type[RunError] | type[StopRequested]] = {
-    kind.__name__: kind
-    for kind in (
-        ConfigError,
-        RunError,
-        BreakdownError,
-        CheckpointError,
-        ControllerEndedError,
-        EndOfPrompts,
-        NewerFormatError,
-        NonFiniteError,
-        NoSignalError,
-        RecordedBatchError,
-        RewardError,
-        SafeguardError,
-        StopRequested,
-    )
-}
 
 
 def on_every_rank[T](action: Callable[[], T]) -> T:
@@ -82,12 +57,16 @@ def stop_comes_first(stop: StopRequest) -> Iterator[None]:
         raise
 
 
-def describe(error: RunEnd) -> tuple[str, list[str]]:
-    """Kind and arguments, from which another process can `rebuild` the error; an unknown kind becomes a RunError."""
-    kind = type(error).__name__
-    return (kind, [str(each) for each in error.args]) if kind in _KNOWN else (RunError.__name__, [str(error)])
+def describe(error: RunEnd) -> tuple[str, list[str], str]:
+    """Kind, arguments and text, from which another process can `rebuild` the error."""
+    return type(error).__name__, [str(each) for each in error.args], str(error)
 
 
-def rebuild(kind: str, arguments: Sequence[str]) -> RunEnd:
-    """The error that another process described."""
-    return _KNOWN[kind](*arguments)
+def rebuild(kind: str, arguments: Sequence[str], text: str) -> RunEnd:
+    """The error that another process described; a RunError where its kind is not known here."""
+    known: list[type[RunEnd]] = [ConfigError, RunError, StopRequested]
+    for each in known:
+        if each.__name__ == kind:
+            return each(*arguments)
+        known += each.__subclasses__()
+    return RunError(text)
