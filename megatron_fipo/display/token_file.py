@@ -1,8 +1,6 @@
 """Token records of a step on disk: plain arrays, readable without PyTorch, complete or absent."""
 
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_fipo.runtime.array_files import ArrayFileError, read_arrays
 from megatron_fipo.runtime.whole_file import whole_file
 
 FORMAT_VERSION = 1
@@ -92,10 +91,8 @@ def load_tokens(path: Path) -> TokenRecords:
         TokenFileError: The file is damaged, of another format version, or its arrays disagree.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    # What a damaged archive can raise. A lone .npy file is an array, which is no context manager: a TypeError.
-    except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = read_arrays(path)
+    except ArrayFileError as error:
         raise TokenFileError(f"cannot be read as token records ({error})") from error
     version = arrays.get("format_version", np.int64(-1))
     if version.shape != () or int(version) != FORMAT_VERSION:

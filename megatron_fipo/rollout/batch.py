@@ -1,8 +1,6 @@
 """Scored groups to one packed training batch, and batches to files and back."""
 
 import dataclasses
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.data.routing_file import write_routing_file
+from megatron_fipo.runtime.array_files import ArrayFileError, read_arrays
 from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.whole_file import whole_file
@@ -173,7 +172,10 @@ def load_batch(path: Path, demand_finite: bool = True) -> TrainBatch:
     Raises:
         RecordedBatchError: The file is missing, unreadable, of another format version, or its arrays disagree.
     """
-    arrays = _read_arrays(path)
+    try:
+        arrays = read_arrays(path)
+    except ArrayFileError as error:
+        raise RecordedBatchError(f"{path}: cannot be read as a recorded rollout batch ({error})") from error
     version = _scalar(arrays, "format_version")
     if version != FORMAT_VERSION:
         raise RecordedBatchError(
@@ -194,15 +196,6 @@ def load_batch(path: Path, demand_finite: bool = True) -> TrainBatch:
     if problem is not None:
         raise RecordedBatchError(f"{path}: {problem}")
     return batch
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    # What a damaged archive can raise. A lone .npy file is an array, which is no context manager: a TypeError.
-    except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise RecordedBatchError(f"{path}: cannot be read as a recorded rollout batch ({error})") from error
 
 
 def _scalar(arrays: dict[str, np.ndarray], name: str) -> float:

@@ -2,8 +2,6 @@
 
 import ast
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_fipo.rewards.literals import as_literal
+from megatron_fipo.runtime.array_files import ArrayFileError, read_arrays
 from megatron_fipo.runtime.disk_errors import read_errors_told
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.whole_file import whole_file
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
 
-_DAMAGE = (OSError, ValueError, EOFError, TypeError, RuntimeError, KeyError, IndexError, SyntaxError, StopIteration)
+# What arrays can raise that are something else.
+_UNFIT = (ValueError, TypeError, RuntimeError, LookupError, SyntaxError, StopIteration)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,21 +59,19 @@ def read_archive[T](
         RunError: The file is missing, damaged, or of another format version; of the kind that is asked for.
         BreakdownError: The file system refuses.
     """
-    # What is refused here is no damage; what np.load raises for damage may be an OSError too.
+    # What is refused here is no damage; what is raised for damage may be an OSError too.
     with read_errors_told(path, error):
         path.open("rb").close()
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    # What a damaged archive can raise.
-    except (*_DAMAGE, zipfile.BadZipFile, zlib.error, NotImplementedError) as problem:
+        arrays = read_arrays(path)
+    except ArrayFileError as problem:
         raise error(f"{path}: cannot be read as {what} ({problem})") from problem
     version = arrays.get("format_version")
     if version is None or version.shape != () or version != format_version:
         raise error(f"{path}: format version {version}; this release reads {format_version}")
     try:
         return build(_archive(arrays))
-    except _DAMAGE as problem:
+    except _UNFIT as problem:
         raise error(f"{path}: is not {what} ({type(problem).__name__}: {problem})") from problem
 
 

@@ -9,8 +9,6 @@ import json
 import logging
 import math
 import sys
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +28,7 @@ from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import Arrays, broadcast_json, gather_json
 from megatron_fipo.platform.device import uses_cuda
 from megatron_fipo.rollout.batch import RecordedBatchError, load_batch, save_batch
+from megatron_fipo.runtime.array_files import ArrayFileError, read_arrays
 from megatron_fipo.runtime.checkpoint_store import (
     Checkpoint,
     CheckpointStore,
@@ -53,9 +52,6 @@ DUMP_FILE = "dump.json"
 CONFIG_FILE = "config.yaml"
 BATCH_FILE = "batch.npz"
 ACTOR_FOLDER = "actor"
-
-# What a damaged archive of arrays can raise.
-_DAMAGE = (OSError, ValueError, EOFError, TypeError, RuntimeError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,9 +286,8 @@ class Dump:
         """
         path = rank_file(self.path, rank)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
-        except _DAMAGE as error:
+            return read_arrays(path)
+        except ArrayFileError as error:
             raise CheckpointError(f"{path}: cannot be read as arrays of an update ({error})") from error
 
 
