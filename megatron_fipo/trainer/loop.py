@@ -167,6 +167,7 @@ def assemble_batch(run: Run, step: int, rollout: Rollout | None) -> TrainBatch |
         RecordedBatchError: The recording is damaged.
         ConfigError: The recording does not suit the configuration.
         SafeguardError: Reward or response length has collapsed.
+        RunError: The run directory is gone.
     """
     return on_main_rank(lambda: _assemble(run, step, rollout))
 
@@ -176,8 +177,9 @@ def _assemble(run: Run, step: int, rollout: Rollout | None) -> TrainBatch:
         batch = load_recorded(run.recorded[step - 1], run.config, run.actor.bridge.vocab_size)
     else:
         batch = rollout.batch
+    assert run.directory is not None, "rank 0 has it"
+    run.directory.require_here()
     if run.config.mode == "rollout_only":
-        assert run.directory is not None
         save_batch(batch, batch_path(run.directory.rollouts, step))
     run.safeguards.watch_rollout(step, batch, {} if rollout is None else rollout.metrics)
     return batch

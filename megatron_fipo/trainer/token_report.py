@@ -38,7 +38,7 @@ def write_token_records(run: Run, step: int, batch: TrainBatch | None) -> None:
     """Write tokens/step_N.npz on rank 0, unless no update has seen a kept sample; collective over all ranks.
 
     Raises:
-        RunError: It cannot be written; raised on every rank.
+        RunError: It cannot be written, or the run directory is gone; raised on every rank.
     """
     if run.actor.train_step is None or not run.config.metrics.samples_per_step:
         return
@@ -49,6 +49,7 @@ def write_token_records(run: Run, step: int, batch: TrainBatch | None) -> None:
 def _write(run: Run, step: int, batch: TrainBatch | None, tokens: Arrays | None) -> None:
     if tokens is None or batch is None or run.directory is None or not len(tokens["sequences"]):
         return
+    run.directory.require_here()
     decode = None if run.rollout is None else run.rollout.decode
     path = token_path(run.directory.path, step)
     with disk_errors_told(path, "cannot be written", RunError):

@@ -1,6 +1,7 @@
 """Runs that go on after an end: the same steps as without one, in the same files."""
 
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,31 @@ def test_an_export_without_room_ends_the_run_with_one_line_and_leaves_nothing(ro
     assert text.startswith(f"{full.output_dir}/.export.partial/shard-00000.safetensors: cannot be written (File too")
     assert first[1].error == ()
     assert sorted(path.name for path in full.output_dir.glob("*export*")) == ["export"]
+
+
+def remove_directory(run: Any) -> None:
+    """After the first step."""
+    write = run.metrics_writer.write
+
+    def write_and_remove(metrics: dict[str, Any]) -> None:
+        write(metrics)
+        if metrics["step"] == 1:
+            shutil.rmtree(run.directory.path)
+
+    run.metrics_writer.write = write_and_remove
+
+
+def lose_the_directory(lost: RunConfig) -> Ended:
+    quiet_upstream()
+    return run_to_its_end(lost, remove_directory)
+
+
+def test_a_run_whose_directory_is_removed_ends_and_makes_no_other(root: Path) -> None:
+    lost = config(root, "lost", checkpoint={"every_steps": 0, "export_at_end": False})
+    (ended,) = run_distributed(lose_the_directory, 1, lost)
+    assert ended.error == (
+        "RunError",
+        f"{lost.output_dir}: was removed or replaced while the run was writing there; bring it back and start again, "
+        "or begin anew",
+    )
+    assert not lost.output_dir.exists()
