@@ -131,7 +131,8 @@ def test_a_stopped_rank_is_named_by_the_stall_report(root: Path, tmp_path: Path)
         ranks.send(signal.SIGSTOP, 1)
         statuses, seconds = ranks.wait(60.0, 0)
         assert statuses == [GO_ON]
-        assert 4.0 < seconds < 4.0 + 10.0 + DEATH_S, "it waits ten seconds for an answer"
+        # Its last sign of life came before the signal.
+        assert 2.5 < seconds < 4.0 + 10.0 + DEATH_S, "it waits ten seconds for an answer"
         report = only_report(config)
         missing = (
             rf"rank 1 \(\S+, process {pid}\) has not been heard of for 1?\d s: it is stopped, or its node is out of"
