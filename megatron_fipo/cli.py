@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fipo.runtime.exit_codes import GO_ON, INTERRUPTED, TERMINATED
-from megatron_fipo.runtime.stop_signals import STOP_SIGNALS
+from megatron_fipo.runtime.watchdog.stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from megatron_fipo.config.evaluate import EvaluateConfig
     from megatron_fipo.config.run import RunConfig
     from megatron_fipo.config.run_changes import Change
     from megatron_fipo.runtime.stop_request import StopRequest
-    from megatron_fipo.runtime.whereabouts import Whereabouts
+    from megatron_fipo.runtime.watchdog.whereabouts import Whereabouts
 
 USAGE = """\
 megatron-fipo train|evaluate|check|serve CONFIG.yaml [--section.field value ...]
@@ -195,7 +195,7 @@ def _convert(words: Sequence[str]) -> int:
     conversion = parse(words)
 
     from megatron_fipo.config.watchdog import WatchdogConfig
-    from megatron_fipo.runtime.whole_folder import WholeFolder
+    from megatron_fipo.runtime.files.whole_folder import WholeFolder
     from megatron_fipo.trainer.convert.command import convert
     from megatron_fipo.trainer.ranks import RankWork, do_on_ranks
 

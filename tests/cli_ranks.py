@@ -18,7 +18,7 @@ import torch
 
 from megatron_fipo.cli import main
 from megatron_fipo.rollout.embedded import EmbeddedEngine
-from megatron_fipo.runtime.whereabouts import Whereabouts
+from megatron_fipo.runtime.watchdog.whereabouts import Whereabouts
 
 BUILDING = (0, "building")
 """A place to hold at: before the engine is built, in a run or an evaluation."""

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import psutil
 
 from megatron_fipo import cli
-from megatron_fipo.runtime.hashed_file import HashedFile
+from megatron_fipo.runtime.files.hashed_file import HashedFile
 from megatron_fipo.runtime.timing import PhaseTimer
 from tests.marked_processes import MARK
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.metrics.evaluation_table import evaluation_table
-from megatron_fipo.runtime.json_files import read_whole_lines
+from megatron_fipo.runtime.files.json_files import read_whole_lines
 
 
 def main() -> None:

@@ -38,8 +38,8 @@ from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.checkpoint_reader import CheckpointReader, read_index
 from megatron_fipo.platform.host_memory import require_resident
 from megatron_fipo.runtime.errors import CheckpointError
-from megatron_fipo.runtime.hashed_file import FileRecord
-from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.runtime.files.hashed_file import FileRecord
+from megatron_fipo.runtime.files.json_files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_fipo.actor.checkpoint import STATE_FILE
-from megatron_fipo.runtime.hashed_file import FileRecord, HashedFile
-from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.runtime.files.hashed_file import FileRecord, HashedFile
+from megatron_fipo.runtime.files.json_files import write_json
 
 
 @dataclass(frozen=True, slots=True)

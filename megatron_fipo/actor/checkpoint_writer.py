@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_fipo.platform.device import uses_cuda
 from megatron_fipo.platform.host_memory import CHUNK_BYTES
-from megatron_fipo.runtime.hashed_file import FileRecord, HashedFile
+from megatron_fipo.runtime.files.hashed_file import FileRecord, HashedFile
 
 _ALIGNMENT = 64
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.conversion.safetensors_file import StoredTensor, TensorRecord, fault_of, record_of, stored_tensors
-from megatron_fipo.runtime.whole_folder import WholeFolder
+from megatron_fipo.runtime.files.whole_folder import WholeFolder
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

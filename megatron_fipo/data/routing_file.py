@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.runtime.whole_file import whole_file
+from megatron_fipo.runtime.files.whole_file import whole_file
 from megatron_fipo.types import IntArray, LongArray
 
 _ONE_BYTE = 256

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.display.token_file import TokenFileError, TokenRecords, load_tokens, token_path
-from megatron_fipo.runtime.json_files import read_whole_lines
+from megatron_fipo.runtime.files.json_files import read_whole_lines
 
 
 class RunFiles:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_fipo.runtime.array_files import ArrayFileError, read_arrays
-from megatron_fipo.runtime.whole_file import whole_file
+from megatron_fipo.runtime.files.array_files import ArrayFileError, read_arrays
+from megatron_fipo.runtime.files.whole_file import whole_file
 
 FORMAT_VERSION = 1
 _FLOATS = ("old_log_probs", "log_ratio", "future_kl", "influence_weights", "entropy")

@@ -13,10 +13,10 @@ from megatron_fipo.config.algorithm import AlgorithmConfig
 from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.data.routing_file import write_routing_file
-from megatron_fipo.runtime.array_files import ArrayFileError, read_arrays
-from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.runtime.whole_file import whole_file
+from megatron_fipo.runtime.files.array_files import ArrayFileError, read_arrays
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told
+from megatron_fipo.runtime.files.whole_file import whole_file
 from megatron_fipo.types import PER_TOKEN_FIELDS, RolloutGroup, TrainBatch
 
 FORMAT_VERSION = 2

@@ -12,8 +12,8 @@ from typing import Any
 from megatron_fipo.rollout.journal import JournalEntry
 from megatron_fipo.rollout.ledger import Settled
 from megatron_fipo.rollout.plain_archive import Archive, read_archive, write_archive
-from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told
 from megatron_fipo.types import Prompt, RolloutGroup
 
 FORMAT_VERSION = 1

@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_fipo.rollout.ledger import OpenPrompt, Settled
 from megatron_fipo.rollout.plain_archive import Archive, read_archive, write_archive
-from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told
 from megatron_fipo.types import RolloutGroup
 
 FORMAT_VERSION = 1

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_fipo.rewards.literals import as_literal
-from megatron_fipo.runtime.array_files import ArrayFileError, read_arrays
-from megatron_fipo.runtime.disk_errors import read_errors_told
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.runtime.whole_file import whole_file
+from megatron_fipo.runtime.files.array_files import ArrayFileError, read_arrays
+from megatron_fipo.runtime.files.disk_errors import read_errors_told
+from megatron_fipo.runtime.files.whole_file import whole_file
 from megatron_fipo.types import Prompt, RolloutGroup, Sample
 
 # What arrays can raise that are something else.

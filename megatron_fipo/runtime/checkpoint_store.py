@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import megatron_fipo
-from megatron_fipo.runtime.disk_errors import disk_errors_told, read_errors_told, size_text
 from megatron_fipo.runtime.errors import CheckpointError, RunError
-from megatron_fipo.runtime.hashed_file import FileRecord, hash_file, hash_files
-from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told, read_errors_told, size_text
+from megatron_fipo.runtime.files.hashed_file import FileRecord, hash_file, hash_files
+from megatron_fipo.runtime.files.json_files import write_json
+from megatron_fipo.runtime.files.whole_file import wait_for_disk
 from megatron_fipo.runtime.retention import Retention
-from megatron_fipo.runtime.whole_file import wait_for_disk
 
 logger = logging.getLogger(__name__)
 

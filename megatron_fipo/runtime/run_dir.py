@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.base import ConfigError, require
-from megatron_fipo.runtime.disk_errors import disk_errors_told, disk_way_out
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.runtime.json_files import append_lines, keep_lines, read_whole_lines
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told, disk_way_out
+from megatron_fipo.runtime.files.json_files import append_lines, keep_lines, read_whole_lines
+from megatron_fipo.runtime.files.whole_file import whole_file
 from megatron_fipo.runtime.run_lock import LOCK_FILE
-from megatron_fipo.runtime.whole_file import whole_file
 
 BREAKDOWN_FILE = "last_breakdown"
 """In the run directory: the newest checkpoint's step when a rank last died or the run last hung, or -1."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.runtime.whole_file import whole_file
+from megatron_fipo.runtime.files.whole_file import whole_file
 
 LOCK_FILE = ".lock"
 """The file in the run directory. It stays there between runs, and says who was the last to hold it."""

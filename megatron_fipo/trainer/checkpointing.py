@@ -17,9 +17,9 @@ from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.runtime.checkpoint_store import Checkpoint, CheckpointStore, check_bytes
-from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
-from megatron_fipo.runtime.hashed_file import FileRecord
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told
+from megatron_fipo.runtime.files.hashed_file import FileRecord
 from megatron_fipo.runtime.retention import Retention
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,6 @@ from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import Arrays, broadcast_json, gather_json
 from megatron_fipo.platform.device import uses_cuda
 from megatron_fipo.rollout.batch import RecordedBatchError, load_batch, save_batch
-from megatron_fipo.runtime.array_files import ArrayFileError, read_arrays
 from megatron_fipo.runtime.checkpoint_store import (
     Checkpoint,
     CheckpointStore,
@@ -36,13 +35,14 @@ from megatron_fipo.runtime.checkpoint_store import (
     check_bytes,
     read_checkpoint,
 )
-from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
-from megatron_fipo.runtime.hashed_file import FileRecord, hash_file
-from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.runtime.files.array_files import ArrayFileError, read_arrays
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told
+from megatron_fipo.runtime.files.hashed_file import FileRecord, hash_file
+from megatron_fipo.runtime.files.json_files import write_json
+from megatron_fipo.runtime.files.whole_file import whole_file
 from megatron_fipo.runtime.retention import Retention
 from megatron_fipo.runtime.run_dir import RunDirectory
-from megatron_fipo.runtime.whole_file import whole_file
 from megatron_fipo.types import TrainBatch
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from megatron_fipo.conversion.transformers_run import TransformersRun
 from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
 from megatron_fipo.platform.device import DTYPES
-from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.runtime.json_files import read_whole_lines
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told
+from megatron_fipo.runtime.files.json_files import read_whole_lines
 from megatron_fipo.trainer.probe import Probe, probe_sequences
 from megatron_fipo.trainer.state import Run
 

@@ -19,13 +19,13 @@ from megatron_fipo.config.watchdog import WatchdogConfig
 from megatron_fipo.parallel.flight_recorder import last_collectives, record_collectives
 from megatron_fipo.platform.device import collective_backend, compute_device, uses_cuda
 from megatron_fipo.rollout.servers.listener import job_address
-from megatron_fipo.runtime.breakdowns import breakdown_statuses
 from megatron_fipo.runtime.errors import BreakdownError, RunError
 from megatron_fipo.runtime.exit_codes import DONE, FAILED, GO_ON, INTERRUPTED
 from megatron_fipo.runtime.logging import setup_logging
 from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
-from megatron_fipo.runtime.watchdog import GOES_ON, Watchdog, WatchSettings
-from megatron_fipo.runtime.whereabouts import Whereabouts
+from megatron_fipo.runtime.watchdog.breakdowns import breakdown_statuses
+from megatron_fipo.runtime.watchdog.watchdog import GOES_ON, Watchdog, WatchSettings
+from megatron_fipo.runtime.watchdog.whereabouts import Whereabouts
 
 # The watchdog comes first: it knows which rank is missing.
 _TIMEOUT_OVER_WATCHDOG_S = 600.0

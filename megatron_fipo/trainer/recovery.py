@@ -16,8 +16,8 @@ from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rollout.journal import forget_journal
 from megatron_fipo.runtime.checkpoint_store import Checkpoint
-from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.trainer.checkpointing import Checkpointer
 from megatron_fipo.trainer.state import Run, StepReport

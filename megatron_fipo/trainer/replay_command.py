@@ -9,7 +9,7 @@ from megatron_fipo.config.watchdog import WatchdogConfig
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.runtime.exit_codes import FAILED, INTERRUPTED, TERMINATED
 from megatron_fipo.runtime.stop_request import StopRequest
-from megatron_fipo.runtime.whereabouts import Whereabouts
+from megatron_fipo.runtime.watchdog.whereabouts import Whereabouts
 from megatron_fipo.trainer.ranks import RankWork, do_on_ranks
 from megatron_fipo.trainer.replay import Replay, open_dump, replay
 from megatron_fipo.trainer.replay_report import show_replay

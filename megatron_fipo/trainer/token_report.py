@@ -9,8 +9,8 @@ from megatron_fipo.display.token_file import TokenRecords, save_tokens, token_pa
 from megatron_fipo.parallel.agreement import on_main_rank
 from megatron_fipo.parallel.collectives import Arrays, broadcast_json
 from megatron_fipo.rollout.sample_records import sampled_groups
-from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told
 from megatron_fipo.trainer.state import Run
 from megatron_fipo.types import TrainBatch
 

@@ -146,9 +146,7 @@ def test_a_job_is_queued_again_until_the_run_is_done(slurm: MiniSlurm, root: Pat
     assert ended == Job(state="COMPLETED", exit_code=0), told
     assert slurm.show_job(job_id)["Restarts"] == "2"
     assert [line["step"] for line in read_lines(config.output_dir / "metrics.jsonl")] == list(range(61))
-    for attempt, line in enumerate(
-        ("the run ended on SIGUSR1; the same command goes on", "the run stopped: rank 1 (")
-    ):
+    for attempt, line in enumerate(("the run ended on SIGUSR1; the same command goes on", "the run stopped: rank 1 (")):
         assert ranks_log(root, job_id, attempt).count(f"0: megatron-fipo: {line}") == 1, told
         assert f"attempt {attempt} ended with 85" in job_log
     assert "died without a word" in ranks_log(root, job_id, 1)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_fipo.config.checkpoint import CheckpointConfig
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.errors import CheckpointError
-from megatron_fipo.runtime.hashed_file import HashedFile
+from megatron_fipo.runtime.files.hashed_file import HashedFile
 from megatron_fipo.runtime.logging import own_logger
 from megatron_fipo.trainer.checkpointing import Checkpointer
 from tests.distributed_helpers import run_distributed

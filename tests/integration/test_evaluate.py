@@ -27,7 +27,7 @@ from megatron_fipo.config.rollout import RolloutConfig
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.metrics.evaluation_table import evaluation_table
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.runtime.json_files import append_lines
+from megatron_fipo.runtime.files.json_files import append_lines
 from megatron_fipo.trainer.evaluation.command import evaluate
 from megatron_fipo.trainer.evaluation.directory import held_alone
 from megatron_fipo.trainer.evaluation.files import EvaluationFiles

@@ -18,8 +18,8 @@ from megatron_fipo.config.safeguards import SafeguardsConfig
 from megatron_fipo.display import watch  # noqa: F401  (forked ranks find it imported)
 from megatron_fipo.platform.checkpoint_reader import read_index
 from megatron_fipo.runtime import checkpoint_store
-from megatron_fipo.runtime.hashed_file import hash_file
-from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.runtime.files.hashed_file import hash_file
+from megatron_fipo.runtime.files.json_files import write_json
 from megatron_fipo.trainer import replay_command  # noqa: F401
 from tests.distributed_helpers import run_distributed
 from tests.integration.small_runs import run_in_turn, small_run, write_inputs

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.metrics import WandbConfig
-from megatron_fipo.runtime.whole_file import whole_file
+from megatron_fipo.runtime.files.whole_file import whole_file
 
 
 class WandbSink:

@@ -28,7 +28,7 @@ from megatron_fipo.runtime.checkpoint_store import (
     read_checkpoint,
 )
 from megatron_fipo.runtime.errors import CheckpointError
-from megatron_fipo.runtime.json_files import read_whole_lines
+from megatron_fipo.runtime.files.json_files import read_whole_lines
 from megatron_fipo.trainer.checkpointing import ACTOR_FOLDER
 from megatron_fipo.trainer.convert.options import ConvertOptions
 

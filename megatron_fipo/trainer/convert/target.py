@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_fipo.config.base import require
 from megatron_fipo.runtime.checkpoint_store import MANIFEST_FILE
-from megatron_fipo.runtime.whole_folder import WholeFolder
+from megatron_fipo.runtime.files.whole_folder import WholeFolder
 from megatron_fipo.trainer.convert.options import told
 from megatron_fipo.trainer.convert.source import CHECKPOINTS
 

@@ -17,7 +17,7 @@ from megatron_fipo.conversion.tensor_map import Link
 from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import DTYPES
-from megatron_fipo.runtime.whole_folder import WholeFolder
+from megatron_fipo.runtime.files.whole_folder import WholeFolder
 from megatron_fipo.trainer.convert.options import ConvertOptions, told
 from megatron_fipo.trainer.convert.proof import prove
 from megatron_fipo.trainer.convert.shares import cut_into_files, my_share

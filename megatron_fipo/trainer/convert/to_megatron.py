@@ -19,8 +19,8 @@ from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import gather_json
 from megatron_fipo.platform.device import DTYPES, uses_transformer_engine
 from megatron_fipo.runtime.checkpoint_store import write_manifest
-from megatron_fipo.runtime.hashed_file import FileRecord
-from megatron_fipo.runtime.whole_folder import WholeFolder
+from megatron_fipo.runtime.files.hashed_file import FileRecord
+from megatron_fipo.runtime.files.whole_folder import WholeFolder
 from megatron_fipo.trainer.checkpointing import ACTOR_FOLDER
 from megatron_fipo.trainer.convert.options import ConvertOptions, told
 from megatron_fipo.trainer.convert.proof import prove

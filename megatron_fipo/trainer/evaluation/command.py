@@ -9,7 +9,7 @@ from megatron_fipo.metrics.evaluation_table import evaluation_table
 from megatron_fipo.parallel.agreement import on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.controller import RolloutController
-from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.runtime.files.json_files import write_json
 from megatron_fipo.trainer.evaluation.build import Problems, build_generation, prepare_problems
 from megatron_fipo.trainer.evaluation.directory import held_alone
 from megatron_fipo.trainer.evaluation.files import EvaluationFiles

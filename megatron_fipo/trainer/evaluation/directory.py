@@ -11,7 +11,7 @@ from typing import Any
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.evaluate import EvaluateConfig
 from megatron_fipo.config.load import dump_config, load_config
-from megatron_fipo.runtime.json_files import write_json
+from megatron_fipo.runtime.files.json_files import write_json
 from megatron_fipo.runtime.run_dir import RunDirectory
 
 _INPUTS = "inputs.json"

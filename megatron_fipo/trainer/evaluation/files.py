@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.runtime.json_files import append_lines, read_whole_lines
+from megatron_fipo.runtime.files.json_files import append_lines, read_whole_lines
 from megatron_fipo.trainer.evaluation.results import ProblemResult
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_fipo.config.evaluation import EvaluationConfig
 from megatron_fipo.rollout.controller import RolloutController
-from megatron_fipo.runtime.disk_errors import disk_errors_told
 from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told
 from megatron_fipo.trainer.evaluation.files import EvaluationFiles
 from megatron_fipo.trainer.evaluation.problems import interval_seed, try_problems
 from megatron_fipo.trainer.evaluation.results import evaluation_metrics

@@ -13,7 +13,7 @@ import pytest
 from megatron_fipo.runtime import checkpoint_store
 from megatron_fipo.runtime.checkpoint_store import Checkpoint, CheckpointStore, NewerFormatError
 from megatron_fipo.runtime.errors import BreakdownError, CheckpointError
-from megatron_fipo.runtime.hashed_file import hash_file
+from megatron_fipo.runtime.files.hashed_file import hash_file
 from megatron_fipo.runtime.retention import Retention
 
 LAYOUT = {"world": 2, "tensor": 2}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_fipo.runtime.whole_file import whole_file
+from megatron_fipo.runtime.files.whole_file import whole_file
 
 
 def append_lines(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:

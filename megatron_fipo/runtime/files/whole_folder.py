@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from megatron_fipo.config.base import ConfigError, require
-from megatron_fipo.runtime.disk_errors import size_text
-from megatron_fipo.runtime.whole_file import wait_for_disk
+from megatron_fipo.runtime.files.disk_errors import size_text
+from megatron_fipo.runtime.files.whole_file import wait_for_disk
 
 
 class WholeFolder:

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_fipo.runtime.array_files import ArrayFileError, read_arrays
+from megatron_fipo.runtime.files.array_files import ArrayFileError, read_arrays
 
 
 def test_arrays_come_back(tmp_path: Path) -> None:

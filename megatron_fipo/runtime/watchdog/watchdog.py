@@ -20,11 +20,17 @@ from typing import Any, NoReturn, Self
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.exit_codes import FAILED, GO_ON
-from megatron_fipo.runtime.side_channel import Hub, Line, Peer
-from megatron_fipo.runtime.stall_report import RankState, python_stacks, report, summary, waits_for_ranks
 from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
-from megatron_fipo.runtime.stop_signals import stop_signals
-from megatron_fipo.runtime.whereabouts import START_UP, Whereabouts
+from megatron_fipo.runtime.watchdog.side_channel import Hub, Line, Peer
+from megatron_fipo.runtime.watchdog.stall_report import (
+    RankState,
+    python_stacks,
+    report,
+    summary,
+    waits_for_ranks,
+)
+from megatron_fipo.runtime.watchdog.stop_signals import stop_signals
+from megatron_fipo.runtime.watchdog.whereabouts import START_UP, Whereabouts
 
 BEAT_S = 1.0
 """Time between two signs of life."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fipo.runtime.side_channel import Hub, Line, Peer
+from megatron_fipo.runtime.watchdog.side_channel import Hub, Line, Peer
 
 
 class Ends:

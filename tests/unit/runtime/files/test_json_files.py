@@ -2,7 +2,7 @@ import json
 import math
 from pathlib import Path
 
-from megatron_fipo.runtime.json_files import append_lines, read_whole_lines, write_json
+from megatron_fipo.runtime.files.json_files import append_lines, read_whole_lines, write_json
 
 
 def test_lines_come_back_with_the_ends_of_each(tmp_path: Path) -> None:

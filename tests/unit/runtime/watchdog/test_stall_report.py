@@ -2,7 +2,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from megatron_fipo.runtime.stall_report import RankState, python_stacks, report, summary, suspects
+from megatron_fipo.runtime.watchdog.stall_report import RankState, python_stacks, report, summary, suspects
 
 
 def rank(number: int, phase: str = "update", collective: int = 7, is_over: bool = False, **changes: Any) -> RankState:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.runtime.timing import PhaseTimer
-from megatron_fipo.runtime.whereabouts import Whereabouts
+from megatron_fipo.runtime.watchdog.whereabouts import Whereabouts
 
 
 class Notes(Progress):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.runtime.whole_folder import WholeFolder
+from megatron_fipo.runtime.files.whole_folder import WholeFolder
 
 
 def test_it_takes_its_name_when_it_is_complete(tmp_path: Path) -> None:

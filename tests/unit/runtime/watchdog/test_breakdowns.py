@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from megatron_fipo.runtime.breakdowns import breakdown_statuses
 from megatron_fipo.runtime.exit_codes import FAILED, GO_ON
+from megatron_fipo.runtime.watchdog.breakdowns import breakdown_statuses
 
 
 def checkpoint(folder: Path, step: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fipo.runtime.hashed_file import FileRecord, HashedFile, hash_file, hash_files
+from megatron_fipo.runtime.files.hashed_file import FileRecord, HashedFile, hash_file, hash_files
 
 
 def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fipo.runtime.whole_file import whole_file
+from megatron_fipo.runtime.files.whole_file import whole_file
 
 
 def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path: Path) -> None:
