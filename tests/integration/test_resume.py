@@ -2,6 +2,8 @@
 
 import resource
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,23 +160,33 @@ def test_changes_of_the_configuration_are_told_and_refused_or_accepted(root: Pat
     assert "hopeless" not in (begun.output_dir / "config.yaml").read_text()
 
 
-def leave_no_room(run: Any) -> None:
-    """From the second step on, a file of this process takes no more than metrics.jsonl has by then."""
-    write = run.metrics_writer.write if run.metrics_writer is not None else None
+def once_written(step: int, act: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A change to a run: on rank 0 something happens as soon as a step's line is in metrics.jsonl."""
 
-    def write_and_fill(metrics: dict[str, Any]) -> None:
-        write(metrics)
-        if metrics["step"] == 1:
-            size = run.directory.metrics_file.stat().st_size
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
+    def change(run: Any) -> None:
+        if run.metrics_writer is None:
+            return
+        write = run.metrics_writer.write
 
-    if write is not None:
-        run.metrics_writer.write = write_and_fill
+        def write_and_act(metrics: dict[str, Any]) -> None:
+            write(metrics)
+            if metrics["step"] == step:
+                act(run)
+
+        run.metrics_writer.write = write_and_act
+
+    return change
+
+
+def fill_the_disk(run: Any, room: int = 0) -> None:
+    """From here on, a file of this process takes so much more than metrics.jsonl has."""
+    size = run.directory.metrics_file.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, resource.RLIM_INFINITY))
 
 
 def run_out_of_space(full: RunConfig) -> list[Ended]:
     quiet_upstream()
-    ended = run_to_its_end(full, leave_no_room)
+    ended = run_to_its_end(full, once_written(1, partial(fill_the_disk, room=100)))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return [ended, run_to_its_end(full)]
 
@@ -193,15 +205,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_once_there_is_roo
 def ask_to_end(run: Any) -> None:
     """After the first step."""
     run.stop = StopRequest()
-    if run.metrics_writer is not None:
-        write = run.metrics_writer.write
-
-        def write_and_ask(metrics: dict[str, Any]) -> None:
-            write(metrics)
-            if metrics["step"] == 1:
-                run.stop.ask("SIGTERM")
-
-        run.metrics_writer.write = write_and_ask
+    once_written(1, lambda run: run.stop.ask("SIGTERM"))(run)
 
 
 def begin_without_checkpoints(without: RunConfig, with_them: RunConfig) -> list[Ended]:
@@ -223,21 +227,9 @@ def test_a_run_without_checkpoints_is_not_begun_anew_unasked(root: Path) -> None
     assert [line["step"] for line in lines(without)] == [0, 1]
 
 
-def fill_the_disk_after_the_last_step(run: Any) -> None:
-    if run.metrics_writer is not None:
-        write = run.metrics_writer.write
-
-        def write_and_fill(metrics: dict[str, Any]) -> None:
-            write(metrics)
-            if metrics["step"] == run.config.num_steps:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (run.directory.metrics_file.stat().st_size, -1))
-
-        run.metrics_writer.write = write_and_fill
-
-
 def export_without_room(full: RunConfig) -> list[Ended]:
     quiet_upstream()
-    ended = run_to_its_end(full, fill_the_disk_after_the_last_step)
+    ended = run_to_its_end(full, once_written(full.num_steps, fill_the_disk))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return [ended, run_to_its_end(full)]
 
@@ -251,21 +243,9 @@ def test_an_export_without_room_ends_the_run_with_one_line_and_leaves_nothing(ro
     assert sorted(path.name for path in full.output_dir.glob("*export*")) == ["export"]
 
 
-def remove_directory(run: Any) -> None:
-    """After the first step."""
-    write = run.metrics_writer.write
-
-    def write_and_remove(metrics: dict[str, Any]) -> None:
-        write(metrics)
-        if metrics["step"] == 1:
-            shutil.rmtree(run.directory.path)
-
-    run.metrics_writer.write = write_and_remove
-
-
 def lose_the_directory(lost: RunConfig) -> Ended:
     quiet_upstream()
-    return run_to_its_end(lost, remove_directory)
+    return run_to_its_end(lost, once_written(1, lambda run: shutil.rmtree(run.directory.path)))
 
 
 def test_a_run_whose_directory_is_removed_ends_and_makes_no_other(root: Path) -> None:
