@@ -88,11 +88,11 @@ def load_tokens(path: Path) -> TokenRecords:
     """Read records; nothing is unpickled.
 
     Raises:
-        TokenFileError: The file is damaged, of another format version, or its arrays disagree.
+        TokenFileError: The file cannot be read, is damaged, of another format version, or its arrays disagree.
     """
     try:
         arrays = read_arrays(path)
-    except ArrayFileError as error:
+    except (ArrayFileError, OSError) as error:
         raise TokenFileError(f"cannot be read as token records ({error})") from error
     version = arrays.get("format_version", np.int64(-1))
     if version.shape != () or int(version) != FORMAT_VERSION:

@@ -174,7 +174,7 @@ def load_batch(path: Path, demand_finite: bool = True) -> TrainBatch:
     """
     try:
         arrays = read_arrays(path)
-    except ArrayFileError as error:
+    except (ArrayFileError, OSError) as error:
         raise RecordedBatchError(f"{path}: cannot be read as a recorded rollout batch ({error})") from error
     version = _scalar(arrays, "format_version")
     if version != FORMAT_VERSION:

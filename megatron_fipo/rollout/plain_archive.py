@@ -59,11 +59,9 @@ def read_archive[T](
         RunError: The file is missing, damaged, or of another format version; of the kind that is asked for.
         BreakdownError: The file system refuses.
     """
-    # What is refused here is no damage; what is raised for damage may be an OSError too.
-    with read_errors_told(path, error):
-        path.open("rb").close()
     try:
-        arrays = read_arrays(path)
+        with read_errors_told(path, error):
+            arrays = read_arrays(path)
     except ArrayFileError as problem:
         raise error(f"{path}: cannot be read as {what} ({problem})") from problem
     version = arrays.get("format_version")

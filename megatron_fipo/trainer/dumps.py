@@ -37,7 +37,7 @@ from megatron_fipo.runtime.checkpoint_store import (
 )
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.files.array_files import ArrayFileError, read_arrays
-from megatron_fipo.runtime.files.disk_errors import disk_errors_told
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told, read_errors_told
 from megatron_fipo.runtime.files.hashed_file import FileRecord, hash_file
 from megatron_fipo.runtime.files.json_files import write_json
 from megatron_fipo.runtime.files.whole_file import whole_file
@@ -283,10 +283,12 @@ class Dump:
 
         Raises:
             CheckpointError: They are damaged.
+            BreakdownError: They cannot be read.
         """
         path = rank_file(self.path, rank)
         try:
-            return read_arrays(path)
+            with read_errors_told(path):
+                return read_arrays(path)
         except ArrayFileError as error:
             raise CheckpointError(f"{path}: cannot be read as arrays of an update ({error})") from error
 

@@ -114,6 +114,11 @@ def test_a_damaged_file_is_named(entry: JournalEntry, tmp_path: Path) -> None:
     with pytest.raises(BreakdownError, match=r"cannot be read \(Is a directory\), so nobody knows"):
         read_journal(path)
     path.rmdir()
+    # Opened, but not read.
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(BreakdownError, match=r"cannot be read \(Input/output error\), so nobody knows"):
+        read_journal(path)
+    path.unlink()
     write_journal(entry, path)
     whole = path.read_bytes()
     for content in (b"", b"PK damaged", whole[:-100], whole.replace(b"math", b"mauh", 1)):
