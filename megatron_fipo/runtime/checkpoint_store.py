@@ -19,6 +19,7 @@ from typing import Any
 
 import megatron_fipo
 from megatron_fipo.runtime.errors import CheckpointError, RunError
+from megatron_fipo.runtime.files.contents import contents
 from megatron_fipo.runtime.files.disk_errors import disk_errors_told, read_errors_told, size_text
 from megatron_fipo.runtime.files.hashed_file import FileRecord, hash_file, hash_files
 from megatron_fipo.runtime.files.json_files import write_json
@@ -333,7 +334,7 @@ def _sealed(folder: Path, written: Mapping[str, FileRecord]) -> dict[str, FileRe
     for name, record in records.items():
         if (size := (folder / name).stat().st_size) != record.size:
             raise CheckpointError(f"{folder / name}: has {size} bytes where {record.size} were written")
-    for each in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+    for each in (folder, *contents(folder)[1]):
         wait_for_disk(each)
     return records
 
@@ -357,7 +358,7 @@ def check_bytes(path: Path, files: Mapping[str, FileRecord]) -> None:
 
 def _files(folder: Path) -> set[str]:
     """Every file but the manifest, by its path in the folder."""
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    found = {path.relative_to(folder).as_posix() for path in contents(folder)[0]}
     return found - {MANIFEST_FILE}
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from megatron_fipo.config.base import ConfigError, require
+from megatron_fipo.runtime.files.contents import contents
 from megatron_fipo.runtime.files.disk_errors import size_text
 from megatron_fipo.runtime.files.whole_file import wait_for_disk
 
@@ -105,7 +106,8 @@ class WholeFolder:
         Raises:
             OSError: The disk refuses.
         """
-        for path in (*(each for each in self.partial.rglob("*")), self.partial):
+        files, folders = contents(self.partial)
+        for path in (*files, *folders, self.partial):
             wait_for_disk(path)
         self.partial.rename(self.target)
         wait_for_disk(self.target.absolute().parent)

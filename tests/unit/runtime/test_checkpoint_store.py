@@ -279,6 +279,19 @@ def test_a_folder_that_cannot_be_written_to_is_named() -> None:
         store.folder.chmod(0o755)
 
 
+def test_a_checkpoint_with_a_folder_that_cannot_be_listed_is_not_damaged() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        store = CheckpointStore(folder / "checkpoints", ALL)
+        write(store, 1)
+        actor = write(store, 2).path / "actor"
+        actor.chmod(0o000)
+        with as_a_user(), pytest.raises(BreakdownError, match=r"step_2/actor: cannot be read .Permission denied"):
+            store.newest_valid()
+        actor.chmod(0o755)
+
+
 def test_a_file_in_its_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_bytes(b"")
     with pytest.raises(CheckpointError, match="checkpoints: cannot be made"):
