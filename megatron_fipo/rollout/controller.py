@@ -253,7 +253,7 @@ class RolloutController:
                 raise CheckpointError(f"the groups of the batch before are nowhere: {problem}")
         return self.state()
 
-    def restore(self, step: int, path: Path | None, anew: bool = False) -> None:
+    def restore(self, step: int, path: Path | None, anew: bool = False, without_journal: bool = False) -> None:
         """Go on where another controller stood, before anything is asked of this one.
 
         Batches of later steps that a served engine had journalled are used before new ones are generated.
@@ -261,7 +261,8 @@ class RolloutController:
         Args:
             step: Steps that were finished then.
             path: What `save` wrote then; None where nothing was done.
-            anew: Whether what had been generated for later steps is of no use, because the configuration is another.
+            anew: Whether what had been generated then is of no use, because the configuration is another.
+            without_journal: Whether the journal's later batches are of no use, for the same reason.
 
         Raises:
             CheckpointError: The file is damaged.
@@ -270,8 +271,8 @@ class RolloutController:
         state = self.state() if path is None else read_controller_state(path)
         if anew:
             state = state.begun_anew()
-            if self.recipe is not None and self.recipe.journal is not None:
-                forget_journal(self.recipe.journal, first=step + 1)
+        if without_journal and self.recipe is not None and self.recipe.journal is not None:
+            forget_journal(self.recipe.journal, first=step + 1)
         if self._waves is not None:
             self._waves.restore(state)
             return

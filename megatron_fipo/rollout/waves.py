@@ -29,6 +29,7 @@ class WaveSource:
         progress: Told of every response.
         surplus: Groups with a signal that the last batch had no room for; the next one begins with them, within
             `rollout.carry_over_max_lag`.
+        returned: Prompts that are drawn again before the stream's.
     """
 
     engine: RolloutEngine
@@ -39,6 +40,7 @@ class WaveSource:
     recipe: BatchRecipe | None
     progress: Progress
     surplus: list[RolloutGroup] = field(default_factory=list)
+    returned: list[Prompt] = field(default_factory=list)
 
     async def collect(self, step: int, policy_version: int) -> CollectedGroups:
         """See `RolloutController.collect`; broken off, it leaves all as it was before."""
@@ -58,7 +60,8 @@ class WaveSource:
         rewards: list[float] = []
         while admission.missing and rounds < self.config.max_generation_rounds:
             count = math.ceil(admission.missing * self.config.over_sampling)
-            prompts = stream.next(count)
+            prompts = [*self.returned[:count], *stream.next(max(count - len(self.returned), 0))]
+            self.returned = self.returned[count:]
             groups = await self.generate(prompts, self.config.group_size, f"{step}.{rounds}", self.sampling, 0)
             for group in groups:
                 rewards += [sample.reward for sample in group.samples]
@@ -85,13 +88,15 @@ class WaveSource:
         """Where it stands between two batches."""
         assert self.recipe is not None, "batches are made of training prompts"
         surplus = [OpenDraw(place, group, True) for place, group in enumerate(self.surplus)]
-        return ControllerState(stream_state=self.recipe.stream.state_dict(), open_draws=surplus)
+        stream_state = self.recipe.stream.state_dict()
+        return ControllerState(stream_state=stream_state, open_draws=surplus, returned=tuple(self.returned))
 
     def restore(self, state: ControllerState) -> None:
         """Go on where another one stood."""
         assert self.recipe is not None, "batches are made of training prompts"
         self.recipe.stream.load_state_dict(state.stream_state)
         self.surplus = [draw.group for draw in state.open_draws if draw.is_finished]
+        self.returned = [*state.returned, *(draw.group.prompt for draw in state.open_draws if not draw.is_finished)]
 
     def _fill_up(self, step: int, admission: Admission, num_generated: int) -> int:
         """Complete the batch after the last round; returns how many groups it took from those without a signal."""

@@ -1,5 +1,7 @@
 """Whether a run may go on with its configuration: it may have been begun with another one."""
 
+from pathlib import Path
+
 from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.load import load_config, plain_values
 from megatron_fipo.config.run import RunConfig
@@ -38,6 +40,15 @@ def check_against_earlier(config: RunConfig, directory: RunDirectory) -> list[Ch
     changes = changes_between(before, now)
     check_changes(changes, config.checkpoint.accept_changes, [*field_names(before), *field_names(now)])
     return changes
+
+
+def has_other_samples(config: RunConfig, config_file: Path) -> bool:
+    """Whether a run has, or may have, generated other samples with the configuration in a file than it would now."""
+    try:
+        earlier = plain_values(load_config(RunConfig, config_file))
+    except ConfigError:
+        return True
+    return any(change.rule == "ask" for change in changes_between(earlier, plain_values(config)))
 
 
 def _check_that_it_goes_on(every_steps: int, directory: RunDirectory) -> None:

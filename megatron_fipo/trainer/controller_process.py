@@ -1,6 +1,7 @@
 """The rollout controller as a process of its own, which rank 0 starts: `… -m THIS_MODULE LINE FILES`."""
 
 import asyncio
+import logging
 import os
 import select
 import signal
@@ -24,6 +25,7 @@ from megatron_fipo.rollout.sglang.engine import SglangEngine
 from megatron_fipo.rollout.sglang.generate_responses import RoutingShape
 from megatron_fipo.rollout.sglang.request_router import check_router, open_router
 from megatron_fipo.runtime.background import running
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.logging import setup_logging
 from megatron_fipo.runtime.progress import Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
@@ -31,6 +33,8 @@ from megatron_fipo.trainer.controller_service import Action, Answer, ControllerS
 from megatron_fipo.trainer.generation import prepare_generation
 from megatron_fipo.trainer.rollout_message import pack_rollout
 from megatron_fipo.trainer.weight_supply import WeightSupply
+
+logger = logging.getLogger(__name__)
 
 _NEWS_EVERY_S = 0.25
 _QUEUES_EVERY_S = 2.0
@@ -99,9 +103,9 @@ class ControllerActions:
         await enter(running(_tell_queues(self._controller, news)))
         return Answer(value={"api_key": pool.api_key})
 
-    async def restore(self, step: int, path: str | None, anew: bool) -> Answer:
+    async def restore(self, step: int, path: str | None, anew: bool, without_journal: bool) -> Answer:
         """Go on where an earlier controller stood."""
-        self._controller.restore(step, None if path is None else Path(path), anew)
+        self._controller.restore(step, None if path is None else Path(path), anew, without_journal)
         return Answer()
 
     async def save(self, path: str) -> Answer:
@@ -122,7 +126,11 @@ class ControllerActions:
         if self._generation.config.rollout.sglang.urls:
             return await self.pause()
         self._last_state = self._last_state or await self._controller.settled_state()
-        await self._resources.aclose()
+        try:
+            await self._resources.aclose()
+        except RunError as error:
+            # Servers may have failed before; what is to be saved is there.
+            logger.warning("the servers were ended, after %s", error)
         return Answer(value=[])
 
     async def pause(self) -> Answer:

@@ -81,13 +81,14 @@ class RolloutSide(Protocol):
         """
         ...
 
-    def restore(self, step: int, path: Path | None, anew: bool) -> None:
-        """Go on where an earlier run's controller stood, before anything is generated.
+    def restore(self, step: int, path: Path | None, anew: bool, without_journal: bool) -> None:
+        """Go on where an earlier run's controller stood, before anything is generated; arguments are read on rank 0.
 
         Args:
             step: Steps that were finished then.
             path: The file that `save` wrote; None begins at the beginning.
-            anew: Whether what had been generated for later steps is of no use, because the configuration is another.
+            anew: Whether what had been generated then is of no use, because the configuration is another.
+            without_journal: Whether the journal's later batches are of no use, for the same reason.
 
         Raises:
             CheckpointError: The file is damaged; raised on every rank.
@@ -149,9 +150,9 @@ class EmbeddedRollouts:
         """Write down where the controller stands."""
         on_main_rank(lambda: asyncio.run(self._controller.save(path)))
 
-    def restore(self, step: int, path: Path | None, anew: bool) -> None:
+    def restore(self, step: int, path: Path | None, anew: bool, without_journal: bool) -> None:
         """Go on where an earlier controller stood."""
-        on_main_rank(lambda: self._controller.restore(step, path, anew))
+        on_main_rank(lambda: self._controller.restore(step, path, anew, without_journal))
 
     @property
     def _controller(self) -> RolloutController:

@@ -63,7 +63,7 @@ class ServedRollouts:
         """A training batch."""
         arguments = {"step": step, "policy_version": policy_version}
         values, arrays = self.calls.ask("next_rollout", arguments, self._push_again, may_stop=True)
-        self._to_trainer(self._pause)
+        self._to_trainer(lambda: self._pause(may_stop=True))
         return None if values is None else unpack_rollout(values, arrays)
 
     def evaluate(self, folder: Path | None) -> dict[str, float]:
@@ -75,9 +75,10 @@ class ServedRollouts:
         """Have the controller write down where it stands."""
         self.calls.ask("save", {"path": str(path)})
 
-    def restore(self, step: int, path: Path | None, anew: bool) -> None:
+    def restore(self, step: int, path: Path | None, anew: bool, without_journal: bool) -> None:
         """Have the controller go on where an earlier one stood."""
-        self.calls.ask("restore", {"step": step, "path": None if path is None else str(path), "anew": anew})
+        place = None if path is None else str(path)
+        self.calls.ask("restore", {"step": step, "path": place, "anew": anew, "without_journal": without_journal})
 
     def leave_devices(self) -> None:
         """Have servers that share the trainer's devices ended, where the run has started them."""
