@@ -164,6 +164,11 @@ class Checkpointer:
         with disk_errors_told(folder, "cannot be written"):
             (folder / ACTOR_FOLDER).mkdir()
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a checkpoint has begun and is not complete."""
+        return self._unfinished is not None
+
     def has_begun(self, step: int) -> bool:
         """Whether the checkpoint of a step waits for `complete`."""
         return self._unfinished is not None and self._unfinished.step == step and not self._unfinished.has_files
@@ -254,7 +259,8 @@ class Checkpointer:
         return True
 
     def _failed(self, step: int, error: CheckpointError) -> bool:
-        self.saved_step = None
+        if self.saved_step == step:
+            self.saved_step = None
         on_main_rank(lambda: self.store.abandon(step))
         if self.config.on_failure == "stop":
             raise error

@@ -79,7 +79,9 @@ def _ending_on_request(run: Run) -> Iterator[None]:
         end_on_request(run)
         raise
     except RunError:
-        # Raised on every rank. A checkpoint that is being written is of a step before, and good.
+        # Raised on every rank. A checkpoint that has begun is of a step whose updates were good.
+        with suppress(RunError):
+            complete_checkpoint(run)
         with suppress(CheckpointError):
             run.checkpointer.finish()
         raise
@@ -156,6 +158,7 @@ def collect_rollout(run: Run, step: int) -> Rollout | None:
     """
     if run.rollout is None:
         return None
+    run.require_directory()
     with run.timer.phase("rollout"), stop_comes_first(run.stop):
         return run.rollout.next_rollout(step, run.policy_version)
 

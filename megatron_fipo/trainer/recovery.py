@@ -16,6 +16,7 @@ from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.platform.device import DTYPES
 from megatron_fipo.rollout.journal import forget_journal
 from megatron_fipo.runtime.checkpoint_store import Checkpoint
+from megatron_fipo.runtime.earlier_run import has_other_samples
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.files.disk_errors import disk_errors_told
 from megatron_fipo.runtime.run_dir import RunDirectory
@@ -28,6 +29,8 @@ PROGRESS_FILE = "progress.json"
 """Counters of the loop, in a checkpoint."""
 CONTROLLER_FILE = "rollouts.npz"
 """State of the rollout controller, in a checkpoint."""
+CONFIG_FILE = "config.yaml"
+"""The configuration that a checkpoint was written with."""
 
 
 def restore_actor(run: Run) -> bool:
@@ -49,13 +52,14 @@ def restore_actor(run: Run) -> bool:
     return progress is not None
 
 
-def restore_files(run: Run, has_checkpoint: bool, is_changed: bool) -> None:
+def restore_files(run: Run, has_checkpoint: bool, without_journal: bool) -> None:
     """Bring what generates, and the files of the run directory, to where the actor is; collective.
 
     Args:
         run: This rank's view.
         has_checkpoint: What `restore_actor` gave.
-        is_changed: Whether the run goes on with a configuration under which it would have generated other samples.
+        without_journal: Whether the journal's later batches are of another configuration, which would have generated
+            other samples.
 
     Raises:
         CheckpointError: The controller's state cannot be read.
@@ -63,8 +67,11 @@ def restore_files(run: Run, has_checkpoint: bool, is_changed: bool) -> None:
         RunError: A file cannot be written.
     """
     if run.rollout is not None:
-        path = run.checkpointer.store.path(run.finished_steps) / CONTROLLER_FILE
-        run.rollout.restore(run.finished_steps, path if has_checkpoint else None, is_changed)
+        folder = run.checkpointer.store.path(run.finished_steps)
+        # A run that was killed before its first checkpoint under a new configuration has that in its directory already.
+        anew = has_checkpoint and run.is_main and has_other_samples(run.config, folder / CONFIG_FILE)
+        path = folder / CONTROLLER_FILE if has_checkpoint else None
+        run.rollout.restore(run.finished_steps, path, anew, without_journal)
     on_main_rank(lambda: _forget_later(run, has_checkpoint))
 
 
@@ -103,11 +110,11 @@ def complete_checkpoint(run: Run) -> None:
         CheckpointError: It cannot be written, and `checkpoint.on_failure` is "stop".
     """
     own = run.checkpointer
-    if own.has_begun(run.finished_steps):
+    if own.is_under_way:
         metrics_file = None if run.directory is None else run.directory.metrics_file
         with run.timer.phase("checkpoint"):
             own.complete(run.finished_steps, partial(_write_files, run), metrics_file)
-    own.advance()
+            own.advance()
     if run.directory is not None:
         # A file system that refuses is asked again after the next step.
         with suppress(OSError):
@@ -129,21 +136,24 @@ def save_now(run: Run) -> bool:
 
     Raises:
         CheckpointError: It cannot be written, and `checkpoint.on_failure` is "stop".
+        RunError: The run directory is gone, or another one.
     """
     own = run.checkpointer
     if not own.config.every_steps or not run.finished_steps:
         return True
-    with run.timer.phase("checkpoint"):
-        own.finish()
-    # One that was being written may have failed just now.
-    if own.saved_step != run.finished_steps:
-        if not own.has_begun(run.finished_steps):
-            if run.rollout is not None:
-                run.rollout.leave_devices()
-            own.begin(run.finished_steps)
-        complete_checkpoint(run)
+    run.require_directory()
+    if not own.has_begun(run.finished_steps):
         with run.timer.phase("checkpoint"):
             own.finish()
+        # One that was being written may have failed just now.
+        if own.saved_step == run.finished_steps:
+            return True
+        if run.rollout is not None:
+            run.rollout.leave_devices()
+        own.begin(run.finished_steps)
+    complete_checkpoint(run)
+    with run.timer.phase("checkpoint"):
+        own.finish()
     return own.saved_step == run.finished_steps
 
 
@@ -166,7 +176,7 @@ def _write_own_files(run: Run, folder: Path) -> None:
         (folder / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
         if run.actor.train_step is not None:
             run.actor.bridge.write_model_files(folder / MODEL_FOLDER, DTYPES[run.config.model.dtype])
-        (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(dump_config(run.config), encoding="utf-8")
         (folder / CARD_FILE).write_text(effective_algorithm(run.config.algorithm) + "\n", encoding="utf-8")
 
 

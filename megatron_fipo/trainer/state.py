@@ -12,6 +12,7 @@ from megatron_fipo.actor.train_step import TrainStep
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.metrics.writer import MetricsWriter
+from megatron_fipo.parallel.agreement import on_every_rank
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.runtime.progress import NO_PROGRESS, Progress
 from megatron_fipo.runtime.run_dir import RunDirectory
@@ -100,3 +101,12 @@ class Run:
     def is_main(self) -> bool:
         """Whether this rank writes files and holds the controller."""
         return self.context.rank == 0
+
+    def require_directory(self) -> None:
+        """Refuse to write where somebody has removed or replaced the run directory; collective.
+
+        Raises:
+            RunError: That has happened; raised on every rank.
+        """
+        directory = self.directory
+        on_every_rank(lambda: None if directory is None else directory.require_here())

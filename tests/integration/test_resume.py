@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.runtime.checkpoint_store import CheckpointStore
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.runtime.logging import quiet_upstream
-from megatron_fipo.runtime.stop_request import StopRequest
+from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
 from tests.distributed_helpers import run_distributed
 from tests.integration.small_runs import (
     Ended,
@@ -248,6 +250,30 @@ def lose_the_directory(lost: RunConfig) -> Ended:
     return run_to_its_end(lost, once_written(1, lambda run: shutil.rmtree(run.directory.path)))
 
 
+def replace_the_directory(run: Any) -> None:
+    """Somebody moves the run away, another one begins in its place, and this one is asked to end."""
+    run.directory.path.rename(run.directory.path.with_name("moved"))
+    run.directory.path.mkdir()
+    run.stop.ask("SIGTERM")
+
+
+def lose_the_directory_to_another(lost: RunConfig) -> Ended:
+    quiet_upstream()
+
+    def change(run: Any) -> None:
+        run.stop = StopRequest()
+        once_written(1, replace_the_directory)(run)
+
+    return run_to_its_end(lost, change)
+
+
+def test_a_run_whose_directory_is_replaced_leaves_the_other_one_alone(root: Path) -> None:
+    lost = config(root, "replaced", checkpoint={"every_steps": 100, "export_at_end": False})
+    for ended in run_distributed(lose_the_directory_to_another, 2, lost):
+        assert ended.error[1].startswith(f"{lost.output_dir}: was removed or replaced")
+    assert list(lost.output_dir.iterdir()) == []
+
+
 def test_a_run_whose_directory_is_removed_ends_and_makes_no_other(root: Path) -> None:
     lost = config(root, "lost", checkpoint={"every_steps": 0, "export_at_end": False})
     (ended,) = run_distributed(lose_the_directory, 1, lost)
@@ -257,3 +283,61 @@ def test_a_run_whose_directory_is_removed_ends_and_makes_no_other(root: Path) ->
         "or begin anew",
     )
     assert not lost.output_dir.exists()
+
+
+def stop_in_sync(asked: RunConfig) -> tuple[list[int], list[int]]:
+    """Steps whose checkpoint was begun, and the whole ones, where a stop is asked for after the second step's began."""
+    quiet_upstream()
+    begun: list[int] = []
+
+    def change(run: Any) -> None:
+        run.stop = StopRequest()
+        begin = run.checkpointer.begin
+
+        def begin_and_ask(step: int) -> None:
+            begun.append(step)
+            begin(step)
+            run.stop.ask("SIGTERM")
+
+        run.checkpointer.begin = begin_and_ask
+
+    with pytest.raises(StopRequested):
+        run_to_its_end(asked, change)
+    return begun, CheckpointStore(asked.output_dir / "checkpoints").steps()
+
+
+def test_a_stop_completes_the_checkpoint_that_has_begun(root: Path) -> None:
+    asked = config(root, "asked", checkpoint={"every_steps": 2, "export_at_end": False})
+    assert run_distributed(stop_in_sync, 2, asked) == [([2], [2])] * 2
+
+
+def surplus_and_returned(begun: RunConfig, other: RunConfig) -> list[tuple[int, int]]:
+    """Surplus groups and returned prompts as a run goes on as it was, and twice under another configuration."""
+    quiet_upstream()
+    run_to_its_end(begun)
+    found = []
+
+    def look_and_end(run: Any) -> None:
+        waves = run.rollout.controller._waves
+        found.append((len(waves.surplus), len(waves.returned)))
+        raise RunError("killed")
+
+    for each in (begun, other, other):
+        run_to_its_end(each, look_and_end)
+    return found
+
+
+def test_a_changed_run_that_is_killed_at_once_still_generates_anew(root: Path) -> None:
+    values: dict[str, Any] = {"every_steps": 2, "export_at_end": False}
+    rollout = {"over_sampling": 4.0, "carry_over_max_lag": 1, "max_response_tokens": 6}
+    begun = config(root, "before", 2, rollout=rollout, checkpoint=values)
+    other = config(
+        root,
+        "before",
+        4,
+        rollout=rollout | {"temperature": 0.5},
+        checkpoint=values | {"accept_changes": ("rollout.temperature",)},
+    )
+    (as_it_was, first, second), *_ = run_distributed(surplus_and_returned, 1, begun, other)
+    assert as_it_was[0] > 0 and as_it_was[1] == 0
+    assert first == second == (0, as_it_was[0])

@@ -24,10 +24,11 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
         Metrics on rank 0, see `evaluation_metrics`; nothing elsewhere.
 
     Raises:
-        RunError: A response could not be scored.
+        RunError: A response could not be scored, or the run directory is gone.
     """
     data = run.config.data
     if run.rollout is None or data is None or not data.has_evaluation or run.config.mode != "train":
         return {}
+    run.require_directory()
     with run.timer.phase("evaluation"), stop_comes_first(run.stop):
         return run.rollout.evaluate(None if run.directory is None else run.directory.evaluation(step))
