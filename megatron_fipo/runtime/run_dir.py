@@ -109,12 +109,17 @@ class RunDirectory:
         return max((line["step"] for line in lines if "rollout/reward_mean" in line), default=None)
 
     def set_export_aside(self) -> Path | None:
-        """Rename the export of the last step, because the run goes on; returns its new place, where there was one."""
+        """Rename the export of the last step, because the run goes on; returns its new place, where there was one.
+
+        Raises:
+            RunError: It cannot be renamed.
+        """
         if not self.export.exists():
             return None
         aside = self.path / f"export_step_{self.last_step}"
         shutil.rmtree(aside, ignore_errors=True)
-        self.export.rename(aside)
+        with disk_errors_told(self.export, "cannot be renamed", RunError):
+            self.export.rename(aside)
         return aside
 
     @classmethod

@@ -9,7 +9,7 @@ from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json
 from megatron_fipo.rollout.engine import ServerAddress
 from megatron_fipo.rollout.sglang.client import MemoryTag
-from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.errors import BreakdownError, RunError
 from megatron_fipo.weight_sync.server_calls import ServerCalls, failures
 
 type Failed = Mapping[str, str]
@@ -113,7 +113,8 @@ class Colocation:
             servers: All of them, paused and idle; the same on every rank.
 
         Raises:
-            RunError: A server did not release its memory, or it is missing elsewhere. The trainer has what there is.
+            BreakdownError: A server did not release its memory. The trainer has what there is.
+            RunError: Memory is missing elsewhere.
         """
         failed = self._release("kv_cache", servers) | self._release("weights", servers)
         problem = "".join(
@@ -124,7 +125,7 @@ class Colocation:
         except RunError as error:
             raise RunError(f"{problem}{error}") from error
         if problem:
-            raise RunError(f"{problem}See its log; rollout.colocated: false gives servers GPUs of their own")
+            raise BreakdownError(f"{problem}See its log; rollout.colocated: false gives servers GPUs of their own")
 
     def push_again(self, servers: Sequence[ServerAddress], push: Push) -> dict[str, str]:
         """Send the weights once more in the servers' turn, as to one that was restarted.
