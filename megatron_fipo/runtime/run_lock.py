@@ -136,20 +136,24 @@ def _held_by_beats(path: Path) -> Iterator[None]:
     patient_until = time.monotonic() + _OWN_JOB_PATIENCE_S
     while (holder := _read(file.read_bytes())) and holder != own and _beats(path, holder):
         _wait_for(path, holder, patient_until)
-    with whole_file(file) as partial:
+    with whole_file(file, _private(file)) as partial:
         partial.write(json.dumps(own).encode())
-    if holder:
-        # Somebody else may be taking the same abandoned file; the last one to write has it.
-        time.sleep(1.0)
-        if (other := _read(file.read_bytes())) != own:
-            raise _held(path, other)
+    # Somebody else may be taking it too; the last one to write has it.
+    time.sleep(1.0)
+    if (other := _read(file.read_bytes())) != own:
+        raise _held(path, other)
     ended = threading.Event()
+
+    def is_own() -> bool:
+        # The directory may have been replaced by another run's.
+        return _read(file.read_bytes()) == own
 
     def beat() -> None:
         while not ended.wait(_BEAT_S):
             # The file system may be away for a while.
             with suppress(OSError):
-                os.utime(file)
+                if is_own():
+                    os.utime(file)
 
     beating = threading.Thread(target=beat, name="run directory's holder", daemon=True)
     beating.start()
@@ -159,14 +163,20 @@ def _held_by_beats(path: Path) -> Iterator[None]:
         ended.set()
         beating.join()
         with suppress(OSError):
-            file.write_bytes(b"")
+            if is_own():
+                file.write_bytes(b"")
+
+
+def _private(file: Path) -> Path:
+    """A name beside a file that is this process's alone."""
+    return file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}")
 
 
 def _beats(path: Path, holder: Mapping[str, Any]) -> bool:
     """Whether a holder lives, by the file system's own clock."""
     if holder.get("host") == socket.gethostname() and not Path(f"/proc/{holder.get('process')}").exists():
         return False
-    probe = path / f"{LOCK_FILE}.{os.getpid()}"
+    probe = _private(path / LOCK_FILE)
     probe.touch()
     try:
         return probe.stat().st_mtime - (path / LOCK_FILE).stat().st_mtime < _STALE_S

@@ -8,13 +8,14 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
     """Write a file that takes its place, on disk, when the block ends; an error or a crash leaves `path` as it was.
 
     Args:
         path: The file; its folder must exist.
+        partial: What it is called until then, beside it; to be given where several processes may write the same file.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial or path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
             yield file

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ import errno, sys
 from pathlib import Path
 from megatron_fipo.runtime.run_lock import hold_run_directory
 
+OTHER = '{"host": "elsewhere", "process": 1, "job": null, "since": "noon"}'
+
+
 def no_locks(file):
     raise OSError(errno.ENOLCK, "no locks")
 
@@ -30,6 +34,9 @@ with hold_run_directory(Path(sys.argv[1]), **how):
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+OTHER = '{"host": "elsewhere", "process": 1, "job": null, "since": "noon"}'
 
 
 def no_locks(file: IO[bytes]) -> None:
@@ -82,11 +89,46 @@ def test_a_killed_holder_does_not_block(kind: str, tmp_path: Path) -> None:
 
 def test_a_silent_holder_of_another_host_does_not_block_for_long(tmp_path: Path) -> None:
     lock = tmp_path / LOCK_FILE
-    lock.write_text('{"host": "elsewhere", "process": 1, "job": null, "since": "noon"}')
+    lock.write_text(OTHER)
     with pytest.raises(ConfigError, match="process 1 on elsewhere, since noon"):
         hold(tmp_path, "beats")
     os.utime(lock, (0, 0))
     hold(tmp_path, "beats")
+
+
+def test_of_two_that_start_at_once_without_locks_the_last_one_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / LOCK_FILE
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: lock.write_text(OTHER))
+    with pytest.raises(ConfigError, match="process 1 on elsewhere, since noon"):
+        hold(tmp_path, "beats")
+    assert lock.read_text() == OTHER
+
+
+def test_starters_do_not_write_into_each_others_files(tmp_path: Path) -> None:
+    # Of a process that is at it, by the name that other files have while they are written.
+    other = tmp_path / f".{LOCK_FILE}.partial"
+    other.write_text("half")
+    hold(tmp_path, "beats")
+    assert other.read_text() == "half"
+
+
+def test_without_locks_too_a_directory_that_was_replaced_is_left_to_its_new_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, beats = tmp_path / LOCK_FILE, threading.Semaphore(0)
+    monkeypatch.setattr(run_lock, "_BEAT_S", 0.001)
+    with hold_run_directory(tmp_path, no_locks) as is_here:
+        (tmp_path / "new").write_text(OTHER)
+        os.utime(tmp_path / "new", (0, 0))
+        (tmp_path / "new").rename(lock)
+        read = run_lock._read
+        monkeypatch.setattr(run_lock, "_read", lambda content: [read(content), beats.release()][0])
+        # The second begins after the first is over.
+        assert all(beats.acquire(timeout=60.0) for _ in range(2))
+        assert not is_here()
+    assert lock.read_text() == OTHER and lock.stat().st_mtime == 0
 
 
 def test_a_job_that_is_started_again_waits_for_its_own_earlier_attempt(
