@@ -78,10 +78,8 @@ def _write(run: Run, dtype: torch.dtype) -> HfFolderWriter | None:
     def write() -> None:
         try:
             if writer is not None:
-                with disk_errors_told(writer.partial, "cannot be written", ExportError):
+                with _told(writer.partial, "cannot be written"):
                     writer.write(stream, num_bytes)
-        except ConfigError as error:
-            raise ExportError(str(error)) from error
         finally:
             # All ranks take part to the end, whatever has happened on rank 0.
             for _ in stream:
@@ -94,7 +92,7 @@ def _write(run: Run, dtype: torch.dtype) -> HfFolderWriter | None:
 def _complete(run: Run, writer: HfFolderWriter | None, dtype: torch.dtype, proof: Sequence[str]) -> None:
     """Give the export its cards and its name."""
     assert writer is not None, "rank 0 has it"
-    with disk_errors_told(writer.partial, "cannot be completed", ExportError):
+    with _told(writer.partial, "cannot be completed"):
         _write_cards(run, writer.partial, dtype, proof)
         writer.folder.commit()
     logger.info("exported the model to %s", writer.folder.target)
@@ -138,11 +136,15 @@ def _verify(run: Run, writer: HfFolderWriter | None, dtype: torch.dtype) -> list
     judges = gather_json(context.is_pipeline_last_stage and not (context.tp_rank or context.cp_rank or context.dp_rank))
     judge = judges.index(True)
     computed_in = run.actor.forward.provider.params_dtype
-    verdict = None
-    if context.rank == judge:
-        agreement = _compare(TransformersRun(Path(folder)), sequences, logits, computed_in)
-        verdict = [agreement.matches, str(agreement)]
-    matches, text = broadcast_json(verdict, judge)
+
+    def judged() -> tuple[bool, str] | None:
+        if context.rank != judge:
+            return None
+        with _told(Path(folder), "cannot be read"):
+            agreement = _compare(TransformersRun(Path(folder)), sequences, logits, computed_in)
+        return agreement.matches, str(agreement)
+
+    matches, text = broadcast_json(on_every_rank(judged), judge)
     if not matches:
         raise ExportError(f"{target}: its logits differ from the actor's ({text}); there is no export")
     logger.info("the export's logits match the actor's: %s", text)
@@ -151,8 +153,18 @@ def _verify(run: Run, writer: HfFolderWriter | None, dtype: torch.dtype) -> list
 
 def _faults(writer: HfFolderWriter | None) -> list[str]:
     assert writer is not None, "rank 0 has it"
-    with disk_errors_told(writer.partial, "cannot be read", ExportError):
+    with _told(writer.partial, "cannot be read"):
         return writer.check_bytes()
+
+
+@contextmanager
+def _told(folder: Path, what: str) -> Iterator[None]:
+    """Errors of the file system, and of a folder that is no model, become the export's own."""
+    try:
+        with disk_errors_told(folder, what, ExportError):
+            yield
+    except ConfigError as error:
+        raise ExportError(str(error)) from error
 
 
 def _compare(

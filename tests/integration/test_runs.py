@@ -192,10 +192,23 @@ def use_wrong_bridge(run: Run) -> None:
     run.actor.bridge = WrongBridge(run.config.model.path)
 
 
+class UnknownBridge(HfBridge):
+    """Describes what it exports as a model that nobody knows."""
+
+    def export_config(self, dtype: torch.dtype) -> dict[str, Any]:
+        return super().export_config(dtype) | {"model_type": "unknown"}
+
+
+def use_unknown_bridge(run: Run) -> None:
+    run.actor.bridge = UnknownBridge(run.config.model.path)
+
+
 def end_early(configs: list[RunConfig]) -> list[Ended]:
     quiet_upstream()
     return [
-        run_to_its_end(config, use_wrong_bridge if config.output_dir.name == "wrong_export" else None)
+        run_to_its_end(
+            config, {"wrong_export": use_wrong_bridge, "unknown_export": use_unknown_bridge}.get(config.output_dir.name)
+        )
         for config in configs
     ]
 
@@ -254,6 +267,7 @@ def early_ends(root: Path, parallel_runs: dict[str, RunConfig]) -> dict[str, Any
         small_run(root, "damaged_later", **replay | {"recorded_rollouts": damaged}, num_steps=2),
         small_run(root, "damaged_at_once", **replay | {"recorded_rollouts": unreadable}),
         small_run(root, "wrong_export", **replay),
+        small_run(root, "unknown_export", **replay),
         small_run(root, "too_many_steps", **replay, num_steps=2),
         small_run(root, "no_recording", **replay | {"recorded_rollouts": root / "model"}),
         small_run(root, "other_temperature", **replay, rollout={"temperature": 0.5}),
@@ -402,6 +416,13 @@ def test_an_export_that_differs_from_the_actor_is_not_put_in_place(root: Path, e
     assert kind == "ExportError"
     assert text.startswith(f"{root}/wrong_export/export: its logits differ from the actor's (float32: largest")
     assert not [path for path in (root / "wrong_export").iterdir() if "export" in path.name]
+
+
+def test_an_export_that_is_no_model_ends_the_run_on_every_rank(root: Path, early_ends: dict[str, Any]) -> None:
+    kind, text = early_ends["unknown_export"].error
+    assert kind == "ExportError"
+    assert "describes no model that transformers knows ('unknown': " in text
+    assert not [path for path in (root / "unknown_export").iterdir() if "export" in path.name]
 
 
 # Runs on one rank.

@@ -20,7 +20,7 @@ def disk_errors_told(path: Path, what: str, kind: type[RunError] = CheckpointErr
     try:
         yield
     except OSError as error:
-        raise kind(f"{error.filename or path}: {what} ({error.strerror}); {disk_way_out(error)}") from error
+        raise kind(f"{error.filename or path}: {what} ({error.strerror or error}); {disk_way_out(error)}") from error
 
 
 def disk_way_out(error: OSError) -> str:
