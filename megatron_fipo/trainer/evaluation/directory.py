@@ -15,6 +15,8 @@ from megatron_fipo.runtime.files.json_files import write_json
 from megatron_fipo.runtime.run_dir import RunDirectory
 
 _INPUTS = "inputs.json"
+# What is there before it.
+_FIRST = frozenset({"config.yaml", f".{_INPUTS}.partial"})
 
 
 def prepare_directory(config: EvaluateConfig, fingerprints: Mapping[str, str]) -> None:
@@ -28,13 +30,14 @@ def prepare_directory(config: EvaluateConfig, fingerprints: Mapping[str, str]) -
         ConfigError: It holds something else, or an evaluation with other settings or inputs.
     """
     folder = config.output_dir
-    if not (folder / _INPUTS).is_file():
-        directory = RunDirectory.create(folder, dump_config(config))
-        write_json(directory.path / _INPUTS, fingerprints)
-        return
+    inputs = folder / _INPUTS
+    if not inputs.is_file() and not _is_half_made(folder):
+        RunDirectory.create(folder, dump_config(config))
     for field, mine, theirs in _differences(config, load_config(EvaluateConfig, folder / "config.yaml"), ""):
         raise _other_evaluation(folder, field, mine, f"was {theirs}")
-    known = json.loads((folder / _INPUTS).read_text(encoding="utf-8"))
+    if not inputs.is_file():
+        write_json(inputs, fingerprints)
+    known = json.loads(inputs.read_text(encoding="utf-8"))
     for field, digest in fingerprints.items():
         if known.get(field) != digest:
             raise _other_evaluation(
@@ -60,6 +63,11 @@ def held_alone(folder: Path) -> Iterator[None]:
                     "output_dir", folder, rule, "wait for that one, or choose another directory"
                 ) from error
         yield
+
+
+def _is_half_made(folder: Path) -> bool:
+    """Whether it is one that its evaluation was killed over, which has begun nothing yet."""
+    return (folder / "config.yaml").is_file() and {each.name for each in folder.iterdir()} <= _FIRST
 
 
 def _other_evaluation(folder: Path, field: str, value: object, rule: str) -> ConfigError:
