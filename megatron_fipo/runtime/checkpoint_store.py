@@ -108,8 +108,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: The folder may not be written to.
         """
-        found = [name for name in self._names() if _PARTIAL.fullmatch(name)]
         with disk_errors_told(self.folder, "cannot be cleaned of unfinished checkpoints"):
+            found = [name for name in self._names() if _PARTIAL.fullmatch(name)]
             for name in found:
                 shutil.rmtree(self.folder / name)
         return sorted(found)
@@ -191,7 +191,11 @@ class CheckpointStore:
         return renamed
 
     def steps(self) -> list[int]:
-        """Steps that have a folder, ascending; whether they are valid is not looked at."""
+        """Steps that have a folder, ascending; whether they are valid is not looked at.
+
+        Raises:
+            OSError: The folder cannot be listed.
+        """
         return sorted(int(found[1]) for name in self._names() if (found := _NAME.fullmatch(name)))
 
     def read(self, step: int, check_hashes: bool = False) -> Checkpoint:

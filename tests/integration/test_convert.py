@@ -497,6 +497,28 @@ def test_a_place_that_may_not_be_written_to_is_told(root: Path) -> None:
         assert leftovers(folder) == ["run"]
 
 
+def from_closed_places(places: list[Path], out: Path) -> list[str]:
+    return [as_another_user(place, out) for place in places]
+
+
+def test_a_place_that_may_not_be_read_is_told() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "run" / "checkpoints").mkdir(parents=True)
+        (folder / "closed").mkdir()
+        closed = [folder / "run" / "checkpoints", folder / "closed"]
+        for place in closed:
+            place.chmod(0o000)
+        told = run_distributed(from_closed_places, 1, [folder / "run", folder / "closed"], folder)[0]
+        for text, source, place in zip(told, ("run", "closed"), closed, strict=True):
+            assert text.startswith(
+                f"ConfigError: RUN|CHECKPOINT = {folder / source}: must be a place that this user may "
+            )
+            assert f"read, and {place}" in text and "(Permission denied); mend its permissions" in text
+            assert "\n" not in text
+
+
 def on_a_full_disk(root: Path, out: Path) -> list[str]:
     """Files may not grow beyond so much: the same error as on a full disk, at every place where one is written."""
     told = []

@@ -35,6 +35,8 @@ from megatron_fipo.trainer.convert.options import ConvertOptions
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+# As the command's words call it.
+_NAMED = "RUN|CHECKPOINT"
 # What a checkpoint has beside a model's weights.
 _NOT_WEIGHTS = ("optimizer.state.", "random_states")
 
@@ -184,7 +186,7 @@ def open_checkpoint(path: Path, options: ConvertOptions) -> CheckpointSource:
     """
     before: int | None = None
     while True:
-        found = on_main_rank(partial(_find, path, options.step, before))
+        found = on_main_rank(partial(_find_readable, path, options.step, before))
         place, step = broadcast_json(None if found is None else [str(found.path), found.manifest.step], 0)
         source = CheckpointSource(Path(place), step)
         problem = _damage(source) if options.check_hashes else ""
@@ -194,6 +196,18 @@ def open_checkpoint(path: Path, options: ConvertOptions) -> CheckpointSource:
             raise CheckpointError(problem)
         logger.warning("%s is damaged, and the one before is taken: %s", source.path, problem)
         before = step
+
+
+def _find_readable(path: Path, step: int | None, before: int | None) -> Checkpoint:
+    try:
+        return _find(path, step, before)
+    except OSError as error:
+        raise ConfigError(
+            field=_NAMED,
+            value=path,
+            rule=f"must be a place that this user may read, and {error.filename or path} is none ({error.strerror})",
+            way_out="mend its permissions, or name a copy",
+        ) from error
 
 
 def _find(path: Path, step: int | None, before: int | None) -> Checkpoint:
@@ -211,7 +225,7 @@ def _find(path: Path, step: int | None, before: int | None) -> Checkpoint:
     steps = store.steps()
     if not steps:
         raise ConfigError(
-            field="RUN|CHECKPOINT",
+            field=_NAMED,
             value=path,
             rule=f"is neither a checkpoint ({MANIFEST_FILE}) nor a run directory with checkpoints",
             way_out="name a run's output_dir, or one of its checkpoints/step_N",

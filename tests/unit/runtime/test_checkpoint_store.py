@@ -276,6 +276,12 @@ def test_a_folder_that_cannot_be_written_to_is_named() -> None:
                 store.clean()
             found = store.newest_valid()
         assert found is not None and found.manifest.step == 1
+        store.folder.chmod(0o311)
+        with (
+            as_a_user(),
+            pytest.raises(CheckpointError, match="cannot be cleaned of unfinished checkpoints .Permission"),
+        ):
+            store.clean()
         store.folder.chmod(0o755)
 
 
