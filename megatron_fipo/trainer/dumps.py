@@ -103,10 +103,10 @@ class Dumps:
         self.config, self._train_step = config, train_step
         self.store = CheckpointStore(RunDirectory(config.output_dir).dumps, Retention(keep_last=sys.maxsize))
         self._written: dict[str, FileRecord] = {}
-        self._last_fault = 0
+        self._last_step = 0
 
     def write(self, place: Place, fault: Fault, result: UpdateResult, batch: TrainBatch | None) -> str:
-        """Keep the update that the train step has evidence of, unless one of the step with a fault has been kept.
+        """Keep the update that the train step has evidence of, unless one of the step has been kept.
 
         Args:
             place: Where the run stands.
@@ -117,17 +117,21 @@ class Dumps:
         Returns:
             What to add to the text about the fault.
         """
-        if place.step == self._last_fault:
-            return ""
         with random_states_of(self._evidence.random_states):
             is_begun = self.begin(place.step)
         if is_begun and self.complete(place, fault, result, batch):
-            self._last_fault = place.step
             return f"; it is kept in {self.store.path(place.step)}"
         return ""
 
     def begin(self, step: int) -> bool:
-        """Write weights and random states as they are now; false where there are dumps enough, or it failed."""
+        """Write weights and random states as they are now.
+
+        Returns:
+            False where an update of the step is kept, there are dumps enough, or it failed. What an earlier attempt
+            kept of the step gives way.
+        """
+        if step == self._last_step:
+            return False
         train_step, weights = self._train_step, None
         try:
             if not broadcast_json(on_main_rank(partial(self._has_room, step)), 0):
@@ -150,6 +154,7 @@ class Dumps:
             on_main_rank(partial(self._commit, place, fault, result, batch, files))
         except CheckpointError as error:
             return self._failed(place.step, error)
+        self._last_step = place.step
         return True
 
     @property

@@ -112,6 +112,15 @@ def spoil(name: str, value: float, update: int, rank: int | None = None) -> Plan
     return plant
 
 
+def spoil_two(update: int) -> Plant:
+    """Spoil an update and the next one."""
+
+    def plant(run: Run, number: int, mini_batch: Sequence[MicroBatch]) -> None:
+        spoil("advantages", math.nan, number if number in (update, update + 1) else 0)(run, number, mini_batch)
+
+    return plant
+
+
 def break_weight(update: int, rank: int | None = None) -> Plant:
     """Make a weight infinite when the optimizer has made its step in an update."""
 
@@ -272,6 +281,10 @@ ON_TWO_RANKS: dict[str, Case] = {
         dump=1,
         overrides=SIDEWAYS,
     ),
+    "asked_for_after_a_fault": Case(spoil_two(2), SKIP | {"dump_step": 1, "dump_update": 3}),
+    "fault_after_asked_for": Case(
+        spoil("advantages", math.nan, 2), SKIP | {"dump_step": 1, "dump_update": 1}, {"parallelism": TP}
+    ),
     "experts": Case(
         safeguards={"dump_step": 1, "dump_update": 2},
         changes={
@@ -322,6 +335,8 @@ APPLIED = {
     "undumpable": [False, True, True],
     "collapse": [True] * 6,
     "asked_for": [True] * 3,
+    "asked_for_after_a_fault": [True, False, False],
+    "fault_after_asked_for": [True, False, True],
     "experts": [True] * 3,
 }
 
@@ -410,12 +425,15 @@ def test_a_fault_that_cannot_be_kept_is_still_a_fault(root: Path, seen: dict[str
     assert second.endswith("the update was not applied")
 
 
-def test_what_is_kept_is_whole_and_of_the_first_fault_of_a_step(root: Path, seen: dict[str, list[Seen]]) -> None:
+def test_what_is_kept_is_whole_and_the_first_of_a_step(root: Path, seen: dict[str, list[Seen]]) -> None:
     assert kept(root, "loss") == ["step_2"]
     assert kept(root, "noise_skipped") == ["step_1", "step_2"]
     assert kept(root, "ratio_skipped") == ["step_1"], "max_dumps"
     assert kept(root, "warned") == []
+    assert kept(root, "asked_for_after_a_fault") == ["step_1"], "nothing half written is left"
     for name, update, fault in (
+        ("asked_for_after_a_fault", 2, "non-finite"),
+        ("fault_after_asked_for", 1, ""),
         ("noise_skipped", 1, "null noise"),
         ("ratio_skipped", 2, "exploding ratio"),
         ("gradient_cp", 2, "non-finite"),
