@@ -20,8 +20,10 @@ class WholeFolder:
     """
 
     def __init__(self, target: Path, field: str) -> None:
-        self.target, self.field = target, field
-        self.partial = target.with_name(f".{target.name}.partial")
+        # A folder that is named by dots alone, such as the current one, has its own name only once it is resolved.
+        self.target = target if target.name not in ("", "..") else target.resolve()
+        self.field = field
+        self.partial = self.target.parent / f".{self.target.name}.partial"
         self._handle: int | None = None
 
     def check(self) -> Path:

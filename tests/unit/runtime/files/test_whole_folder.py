@@ -43,3 +43,19 @@ def test_what_another_process_writes_is_left_alone(tmp_path: Path) -> None:
         other.begin(0)
     folder.commit()
     assert (folder.target / "file").exists()
+
+
+@pytest.mark.parametrize("place", ["", ".", "..", "/", "deep/.."])
+def test_a_place_that_dots_name_is_told_by_its_own_name(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    before = list(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError) as caught:
+        WholeFolder(Path(place), "OUT").begin(0)
+    assert str(caught.value) == (
+        f"OUT = {Path(place).resolve()}: must be a new or empty folder, and it is not; choose another folder or remove "
+        "this one"
+    )
+    assert list(tmp_path.rglob("*")) == before
