@@ -189,16 +189,19 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     """Weight file of every tensor, as the folder's index has it; empty where there is no index.
 
     Raises:
-        ConfigError: The index is damaged.
+        ConfigError: The index is damaged, or leads out of the folder.
     """
     if not (folder / INDEX_NAME).is_file():
         return {}
     try:
-        weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+        weight_map = dict(json.loads((folder / INDEX_NAME).read_text())["weight_map"])
+        outside = [name for name in weight_map.values() if Path(name).is_absolute() or ".." in Path(name).parts]
     except (ValueError, KeyError, TypeError) as error:
         rule = f"has a damaged {INDEX_NAME}: it is no JSON object with a weight_map"
         raise _weights_error(folder, rule) from error
-    return dict(weight_map)
+    if outside:
+        raise _weights_error(folder, f"has a {INDEX_NAME} that leads out of the folder, to {outside[0]}")
+    return weight_map
 
 
 def _check_file(folder: Path, path: Path) -> dict[str, list[int]]:

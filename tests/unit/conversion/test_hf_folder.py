@@ -66,6 +66,11 @@ def header_size(path: Path) -> int:
     return 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
 
 
+def moved_out(folder: Path, name: str) -> None:
+    (folder / "model-1.safetensors").rename(folder.parent / "model-1.safetensors")
+    (folder / INDEX).write_text((folder / INDEX).read_text().replace("model-1.safetensors", name))
+
+
 Damage = Callable[[Path], None]
 
 BROKEN_CONFIGS: dict[str, tuple[Damage, str]] = {
@@ -156,6 +161,21 @@ BROKEN_WEIGHTS: dict[str, tuple[Callable[[Path], Path], Damage, str]] = {
         lambda folder: (folder / INDEX).write_text("{}"),
         "has a damaged model.safetensors.index.json: it is no JSON object with a weight_map",
     ),
+    "the index names no files": (
+        write_sharded,
+        lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": {"a": 1}})),
+        "has a damaged model.safetensors.index.json: it is no JSON object with a weight_map",
+    ),
+    "the index leads out of the folder": (
+        write_sharded,
+        lambda folder: moved_out(folder, "../model-1.safetensors"),
+        "has a model.safetensors.index.json that leads out of the folder, to ../model-1.safetensors",
+    ),
+    "the index leads to the root": (
+        write_sharded,
+        lambda folder: moved_out(folder, str(folder.parent / "model-1.safetensors")),
+        "has a model.safetensors.index.json that leads out of the folder, to {outside}",
+    ),
 }
 
 
@@ -168,7 +188,7 @@ def test_broken_weights_are_refused(tmp_path, case):
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with pytest.raises(ConfigError) as caught:
         check_weights(folder)
-    rule = rule.format(size=size, needed=whole)
+    rule = rule.format(size=size, needed=whole, outside=tmp_path / "model-1.safetensors")
     assert str(caught.value) == f"model.path = {folder}: {rule}; fetch the model's weight files again"
 
 
