@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_fipo.runtime.exit_codes import GO_ON, INTERRUPTED, TERMINATED
+from megatron_fipo.runtime.exit_codes import BAD_INPUT, DONE, FAILED, GO_ON, INTERRUPTED, TERMINATED
 from megatron_fipo.runtime.watchdog.stop_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
-        return 0 if words else 2
+        return DONE if words else BAD_INPUT
     commands = {
         "train": _train,
         "evaluate": _evaluate,
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if words[0] not in commands:
         print(f"megatron-fipo: no command {words[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     try:
         with _ending_at_once("train --replay" if words[1:2] == ["--replay"] else words[0]):
             return commands[words[0]](words[1:])
@@ -80,12 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Without a rank (the launcher's variables are wrong, perhaps on this one alone) every process speaks.
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron-fipo: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except ModuleNotFoundError as error:
         if error.name not in _IN_EXTRAS:
             raise
         print(f"megatron-fipo: {error}; {_INSTALL}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
 
 
 def _train(words: Sequence[str]) -> int:
@@ -97,7 +97,7 @@ def _train(words: Sequence[str]) -> int:
 
         return replay_dump(words[1:])
     if (config := _read_run_config("train", words)) is None:
-        return 0 if _asks_for_help(words) else 2
+        return DONE if _asks_for_help(words) else BAD_INPUT
     config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
     if "WORLD_SIZE" not in os.environ:
         # Several ranks see a directory that changes: rank 0 may have begun the run already.
@@ -112,7 +112,7 @@ def _evaluate(words: Sequence[str]) -> int:
 
     os.environ.update(rank_variables(os.environ))
     if (config := _read_config(EvaluateConfig, "evaluate", words, RunConfig)) is None:
-        return 0 if _asks_for_help(words) else 2
+        return DONE if _asks_for_help(words) else BAD_INPUT
     return _evaluate_on_ranks(config)
 
 
@@ -123,7 +123,7 @@ def _check(words: Sequence[str]) -> int:
     from megatron_fipo.runtime.run_dir import RunDirectory
 
     if (config := _read_run_config("check", words)) is None:
-        return 0 if _asks_for_help(words) else 2
+        return DONE if _asks_for_help(words) else BAD_INPUT
     # As slurm/train.sbatch gives it; empty where Slurm does not tell.
     if ranks := os.environ.get("WORLD_SIZE"):
         config.parallelism.check_world_size(int(ranks))
@@ -134,8 +134,8 @@ def _check(words: Sequence[str]) -> int:
         CheckpointStore(RunDirectory(config.output_dir).checkpoints).newest_valid(check_hashes=False)
     except RunError as error:
         print(f"megatron-fipo: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return BAD_INPUT
+    return DONE
 
 
 def _check_directory(config: "RunConfig") -> "list[Change]":
@@ -155,12 +155,11 @@ def _serve(words: Sequence[str]) -> int:
     from megatron_fipo.config.base import require
     from megatron_fipo.rollout.servers.agent import serve
     from megatron_fipo.runtime.errors import RunError
-    from megatron_fipo.runtime.exit_codes import FAILED
     from megatron_fipo.runtime.logging import setup_logging
     from megatron_fipo.runtime.run_dir import RunDirectory
 
     if (config := _read_run_config("serve", words)) is None:
-        return 0 if _asks_for_help(words) else 2
+        return DONE if _asks_for_help(words) else BAD_INPUT
     sglang = config.rollout.sglang
     require(
         sglang.num_agents > 0,

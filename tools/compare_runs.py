@@ -23,6 +23,7 @@ from rich.text import Text
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.display.readings import number
 from megatron_fipo.display.run_files import RunFiles
+from megatron_fipo.runtime.exit_codes import BAD_INPUT, DONE
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the backend is chosen)
@@ -53,12 +54,12 @@ def main(words: Sequence[str] | None = None) -> int:
             draw(runs, metrics, arguments.output)
     except ConfigError as error:
         print(f"compare_runs: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     console, table = Console(highlight=False), numbers(runs, metrics, arguments.last)
     # Names are not cut on a narrow terminal or in a pipe: they are what is compared.
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=500)).maximum)
     console.print(table)
-    return 0
+    return DONE
 
 
 def _parser() -> argparse.ArgumentParser:
