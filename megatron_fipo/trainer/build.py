@@ -35,6 +35,7 @@ from megatron_fipo.trainer.checkpointing import Checkpointer, check_best_metric
 from megatron_fipo.trainer.prepare_rollouts import prepare_rollouts
 from megatron_fipo.trainer.recovery import restore_actor, restore_files
 from megatron_fipo.trainer.safeguards import Safeguards
+from megatron_fipo.trainer.same_configuration import require_same_configuration
 from megatron_fipo.trainer.state import Actor, Run
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def _build(
         resources: Is given what has to be closed when the run has ended.
         beginnings: Is given what is undone where the run does not come about.
     """
+    require_same_configuration(config)
     context = build_parallel_context(config.parallelism, derive_seed(config.seed, "model"))
     taken = on_main_rank(lambda: _take_directory(config, resources, beginnings))
     directory, is_changed = taken or (None, False)
@@ -88,7 +90,6 @@ def _build(
     make_rollouts = None if start_rollouts is None else start_rollouts()
     actor = build_actor(config, bridge, context)
     actor.forward.progress = progress
-    on_main_rank(lambda: _tell_algorithm(config, directory))
     run = Run(
         config=config,
         context=context,
@@ -108,6 +109,7 @@ def _build(
     if has_run:
         restore_files(run, has_checkpoint, is_changed)
         on_main_rank(lambda: RunDirectory.begin(config.output_dir, dump_config(config)))
+    on_main_rank(lambda: _tell_algorithm(config, directory))
     run.metrics_writer = on_main_rank(lambda: resources.enter_context(closing(_open_writer(run))))
     return run
 

@@ -15,6 +15,7 @@ from megatron_fipo.trainer.evaluation.directory import held_alone
 from megatron_fipo.trainer.evaluation.files import EvaluationFiles
 from megatron_fipo.trainer.evaluation.problems import evaluation_sampling, interval_seed, try_problems
 from megatron_fipo.trainer.evaluation.results import ProblemResult, evaluation_metrics
+from megatron_fipo.trainer.same_configuration import require_same_configuration
 from megatron_fipo.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def evaluate(config: EvaluateConfig) -> None:
             raised on every rank.
         RunError: A response could not be scored; raised on every rank.
     """
+    require_same_configuration(config)
     with ExitStack() as resources:
         problems = on_main_rank(lambda: prepare_problems(config))
         on_main_rank(lambda: resources.enter_context(held_alone(config.output_dir)))
