@@ -247,7 +247,15 @@ class CheckpointStore:
         logger.warning("checkpoint of step %d is damaged and left out: %s", step, problem)
 
     def _names(self) -> list[str]:
-        return os.listdir(self.folder) if self.folder.is_dir() else []
+        try:
+            return os.listdir(self.folder)
+        except FileNotFoundError:
+            if self.folder.is_symlink():
+                # To a disk that is not there, perhaps.
+                raise CheckpointError(f"{self.folder}: is a link that leads nowhere") from None
+            return []
+        except NotADirectoryError as error:
+            raise CheckpointError(f"{self.folder}: is no folder") from error
 
     def _prune(self, newest: Checkpoint) -> None:
         """Remove what need not stay; damaged checkpoints are left to a person."""

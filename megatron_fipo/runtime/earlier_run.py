@@ -2,11 +2,19 @@
 
 from pathlib import Path
 
-from megatron_fipo.config.base import ConfigError, require
+from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.data import source_names
 from megatron_fipo.config.load import load_config, plain_values
 from megatron_fipo.config.run import RunConfig
-from megatron_fipo.config.run_changes import Change, changes_between, check_changes, field_names
+from megatron_fipo.config.run_changes import (
+    Change,
+    changes_between,
+    check_changes,
+    field_names,
+    require_same_sources,
+)
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
+from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.runtime.run_dir import RunDirectory
 
 
@@ -36,6 +44,8 @@ def check_against_earlier(config: RunConfig, directory: RunDirectory) -> list[Ch
             way_out="go on with the release that began the run, or choose another directory",
         ) from error
     _check_that_it_goes_on(min(config.checkpoint.every_steps, earlier.checkpoint.every_steps), directory)
+    if earlier.data is not None and config.data is not None:
+        require_same_sources(source_names(earlier.data.train), source_names(config.data.train))
     before, now = plain_values(earlier), plain_values(config)
     changes = changes_between(before, now)
     check_changes(changes, config.checkpoint.accept_changes, [*field_names(before), *field_names(now)])
@@ -53,12 +63,20 @@ def has_other_samples(config: RunConfig, config_file: Path) -> bool:
 
 def _check_that_it_goes_on(every_steps: int, directory: RunDirectory) -> None:
     """Refuse to begin a run anew that is not meant to."""
-    if every_steps or not (step := directory.last_step):
-        return
-    require(
-        bool(CheckpointStore(directory.checkpoints).steps()),
-        field="output_dir",
-        value=directory.path,
-        rule=f"holds a run of {step} steps without a checkpoint, which would begin anew and lose them",
-        way_out="choose another directory, or remove this one",
-    )
+    try:
+        steps = CheckpointStore(directory.checkpoints).steps()
+    except CheckpointError as problem:
+        raise ConfigError(
+            field="output_dir",
+            value=directory.path,
+            rule=f"the checkpoints of its run cannot be found: {problem}",
+            way_out="bring them back, or choose another directory",
+        ) from problem
+    # The first one may have been on its way when the run was killed.
+    if not steps and (step := directory.last_step) and step >= 2 * every_steps:
+        raise ConfigError(
+            field="output_dir",
+            value=directory.path,
+            rule=f"holds a run of {step} steps without a checkpoint, which would begin anew and lose them",
+            way_out="bring its checkpoints back, choose another directory, or remove this one",
+        )

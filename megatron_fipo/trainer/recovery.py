@@ -185,6 +185,9 @@ def _read_progress(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         progress = json.loads(path.read_bytes())
         assert progress["finished_steps"] == checkpoint.manifest.step
+        assert isinstance(progress["policy_version"], int) and isinstance(progress["safeguards"], dict)
+        if progress["unreported"] is not None:
+            StepReport(**progress["unreported"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(f"{path}: is not of a run's checkpoint ({type(error).__name__}: {error})") from error
     return dict(progress)

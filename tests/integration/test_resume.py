@@ -3,11 +3,13 @@
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
@@ -74,7 +76,16 @@ def lines(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_goes_on_repeats_the_uninterrupted_one_bit_by_bit(root: Path) -> None:
-    whole, *parts = configs = [config(root, "whole"), *(config(root, "parts", steps) for steps in (1, 3, STEPS))]
+    # The files may move, or have other names, as long as the source keeps its own.
+    for name in ("train", "held_out"):
+        shutil.copy(root / f"{name}.jsonl", root / f"{name}_moved.jsonl")
+    moved = prompts(root, "train_moved", "held_out_moved", name="train")
+    moved = replace(moved, evaluation=replace(moved.evaluation, name="held_out"))
+    whole, *parts = configs = [
+        config(root, "whole"),
+        *(config(root, "parts", steps) for steps in (1, 3)),
+        config(root, "parts", STEPS, data=moved),
+    ]
     ends = ends_of([*configs, parts[-1]])
     assert [each.error for each in ends] == [()] * 5
     assert [line["step"] for line in lines(parts[-1])] == list(range(STEPS + 1))
@@ -141,16 +152,15 @@ def test_changes_of_the_configuration_are_told_and_refused_or_accepted(root: Pat
         root,
         "changed",
         4,
-        data=prompts(root, "hopeless", "held_out"),
+        data=prompts(root, "hopeless", "held_out", name="train"),
         optimizer={"learning_rate": 2e-3},
-        checkpoint={"accept_changes": ("data",)},
     )
     first, *ends, went_on, fingerprint = ends_of([begun, *refused.values(), accepted, other_prompts])
     assert first.error == went_on.error == ()
     errors = dict(zip(refused, (each.error for each in ends), strict=True))
     assert errors["seed"][1].startswith("seed = 2: must stay 1, as the run in output_dir has it; restore it, or")
     assert '--checkpoint.accept_changes "[optimizer.learning_rate]"' in errors["learning rate"][1]
-    assert errors["prompts"][1].startswith(f"data.train.path = {root}/hopeless.jsonl: the run in output_dir has")
+    assert errors["prompts"][1].startswith("data.train.name = hopeless: must stay train, as the run in output_dir has it")
     assert "must be a new or empty directory" in errors["resume"][1]
     assert errors["misspelt"][1].startswith("checkpoint.accept_changes = optimiser: must name fields or sections")
     assert "not as in the run's configuration: optimizer.learning_rate: 0.001 → 0.002" in went_on.log
@@ -341,3 +351,33 @@ def test_a_changed_run_that_is_killed_at_once_still_generates_anew(root: Path) -
     (as_it_was, first, second), *_ = run_distributed(surplus_and_returned, 1, begun, other)
     assert as_it_was[0] > 0 and as_it_was[1] == 0
     assert first == second == (0, as_it_was[0])
+
+
+def run_with_others(mine: list[RunConfig]) -> list[Ended]:
+    """Every rank goes by a configuration of its own."""
+    quiet_upstream()
+    return [run_to_its_end(mine[dist.get_rank()])]
+
+
+def test_ranks_with_other_configurations_are_refused(root: Path) -> None:
+    one, other = (config(root, "apart", 2, optimizer={"learning_rate": rate}) for rate in (1e-3, 1e-2))
+    for (ended,) in run_distributed(run_with_others, 2, [one, other]):
+        kind, text = ended.error
+        assert kind == "ConfigError"
+        assert text.startswith("optimizer.learning_rate = 0.01: rank 1 (") and "and rank 0 with 0.001" in text
+    assert not one.output_dir.exists()
+
+
+@pytest.mark.parametrize("place", ["gone", "a link to nowhere", "a file"])
+def test_a_run_without_its_checkpoints_keeps_its_metrics(root: Path, place: str) -> None:
+    each = config(root, f"without {place}", 2, checkpoint={"every_steps": 1, "export_at_end": False})
+    ends_of([each])
+    folder = each.output_dir / "checkpoints"
+    folder.rename(folder.with_name("elsewhere"))
+    if place == "a link to nowhere":
+        folder.symlink_to(root / "not_mounted")
+    elif place == "a file":
+        folder.touch()
+    kind, text = ends_of([replace(each, num_steps=3)])[0].error
+    assert kind == "ConfigError" and text.startswith(f"output_dir = {each.output_dir}: ")
+    assert len(lines(each)) == 3

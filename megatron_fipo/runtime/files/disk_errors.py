@@ -7,6 +7,9 @@ from pathlib import Path
 
 from megatron_fipo.runtime.errors import BreakdownError, CheckpointError, RunError
 
+# A file where a folder should be, or the other way round, or links in a circle: that stays so.
+_OF_ANOTHER_KIND = frozenset({errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
+
 
 @contextmanager
 def disk_errors_told(path: Path, what: str, kind: type[RunError] = CheckpointError) -> Iterator[None]:
@@ -40,10 +43,10 @@ def read_errors_told(path: Path, kind: type[RunError] = CheckpointError) -> Iter
 
     Args:
         path: The place, where the error does not name one.
-        kind: Raised where a file is missing.
+        kind: Raised where a file is missing, or something else is in its place.
 
     Raises:
-        RunError: A file is missing.
+        RunError: That is so.
         BreakdownError: The file system refuses.
     """
     try:
@@ -51,6 +54,8 @@ def read_errors_told(path: Path, kind: type[RunError] = CheckpointError) -> Iter
     except FileNotFoundError as error:
         raise kind(f"{error.filename or path}: is missing") from error
     except OSError as error:
+        if error.errno in _OF_ANOTHER_KIND:
+            raise kind(f"{error.filename or path}: is something else ({error.strerror})") from error
         raise BreakdownError(
             f"{error.filename or path}: cannot be read ({error.strerror}), so nobody knows whether it is damaged; mend "
             "that, or remove it to go on without it"

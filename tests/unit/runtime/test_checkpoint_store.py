@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent, and what is wrong with one is said."""
 
+import errno
 import json
 import logging
 import os
@@ -123,15 +124,28 @@ def test_damage_is_named_and_the_one_before_is_found(
         store.newest_valid()
 
 
-def test_what_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path, ALL)
+    write(store, 1)
+    write(store, 2)
+
+    def refuse(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(BreakdownError, match=r"step_2/manifest.json: cannot be read \(Input/output error\), so nobody"):
+        store.newest_valid()
+
+
+def test_something_else_in_its_place_is_damage(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, ALL)
     write(store, 1)
     write(store, 2)
     manifest = tmp_path / "step_2" / "manifest.json"
     manifest.rename(tmp_path / "kept")
     manifest.mkdir()
-    with pytest.raises(BreakdownError, match=r"step_2/manifest.json: cannot be read \(Is a directory\), so nobody"):
-        store.newest_valid()
+    newest = store.newest_valid()
+    assert newest is not None and newest.manifest.step == 1
 
 
 def test_sizes_alone_are_checked_on_request(tmp_path: Path) -> None:
