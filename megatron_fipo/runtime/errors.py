@@ -6,7 +6,10 @@ class RunError(RuntimeError):
 
 
 class NonFiniteError(RunError):
-    """A log-probability, a loss or a gradient was not finite. The weights are those before it."""
+    """A log-probability, a loss, a gradient or a weight was not finite.
+
+    The weights are those before it, but where an optimizer step has made them so, which the text says.
+    """
 
 
 class SafeguardError(RunError):
