@@ -7,6 +7,8 @@ PyTorch reads with `weights_only`; objects beside tensors it would run again, an
 import dataclasses
 import os
 import pickle
+import re
+import struct
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -40,6 +42,7 @@ _ALLOWED = frozenset(
 # What a damaged or foreign pickle, or the zip archive around a tensor, can raise.
 _DAMAGE = (
     pickle.UnpicklingError,
+    struct.error,
     zipfile.BadZipFile,
     ArithmeticError,
     AssertionError,
@@ -182,5 +185,8 @@ class CheckpointReader(FileSystemReader):
 
 
 def _reason(error: Exception) -> str:
-    """What PyTorch says in many lines, in one."""
+    """What PyTorch says in many lines, in one, without its advice to read the file in a way that runs what it holds."""
+    if isinstance(error, pickle.UnpicklingError):
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it asks for {asked[1]}, which would have to be run" if asked else "it is something else than a tensor"
     return " ".join(str(error).split())

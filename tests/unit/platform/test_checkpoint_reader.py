@@ -81,18 +81,58 @@ def test_nothing_else_of_the_same_modules_can_be_had(folder: Path, asked: str) -
         read_index(folder)
 
 
-def test_a_tensor_that_asks_for_code_is_refused(folder: Path, tmp_path: Path) -> None:
-    index, evil = read_index(folder), io.BytesIO()
-    torch.save({"a": Exploit(tmp_path / "made")}, evil)
+def put_in_the_place_of_a(folder: Path, content: bytes) -> Path:
+    """The file that holds tensor "a", whose archive is now this."""
+    index = read_index(folder)
     for place, stored in index.storage_data.items():
         if place.fqn == "a":
-            name = stored.relative_path
-            index.storage_data[place] = dataclasses.replace(stored, offset=0, length=len(evil.getvalue()))
-    (folder / name).write_bytes(evil.getvalue().ljust((folder / name).stat().st_size + 10_000))
+            path = folder / stored.relative_path
+            index.storage_data[place] = dataclasses.replace(stored, offset=0, length=len(content))
+    path.write_bytes(content.ljust(path.stat().st_size + 10_000))
     (folder / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(CheckpointError, match=rf"{name} holds a tensor that cannot be read[^$]*posix\.mkdir"):
-        read(folder)
+    return path
+
+
+def archive(content: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def problems_of_reading(folder: Path) -> list[str]:
+    """What each way of reading says of tensor "a"."""
+    told = []
+    for way in (read, lambda folder: CheckpointReader(folder, read_index(folder)).read_tensor("a")):
+        with pytest.raises(CheckpointError) as caught:
+            way(folder)
+        told.append(str(caught.value))
+    return told
+
+
+def test_a_tensor_that_asks_for_code_is_refused_in_words_that_do_not_invite_to_run_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    for evil, asked in ((Exploit(tmp_path / "made"), "posix.mkdir"), (tmp_path, "pathlib.PosixPath")):
+        path = put_in_the_place_of_a(folder, archive({"a": evil}))
+        assert problems_of_reading(folder) == 2 * [
+            f"{path} holds a tensor that cannot be read (it asks for {asked}, which would have to be run); nothing in "
+            "it was run"
+        ]
     assert not (tmp_path / "made").exists()
+
+
+def test_what_is_no_tensor_is_told(folder: Path) -> None:
+    path = put_in_the_place_of_a(folder, b"other bytes" * 100)
+    assert problems_of_reading(folder) == 2 * [
+        f"{path} holds a tensor that cannot be read (it is something else than a tensor); nothing in it was run"
+    ]
+
+
+def test_half_a_tensor_is_told(folder: Path) -> None:
+    for content in (archive(torch.arange(6.0)), archive(torch.arange(6.0), _use_new_zipfile_serialization=False)):
+        path = put_in_the_place_of_a(folder, content[:-20])
+        for told in problems_of_reading(folder):
+            assert told.startswith(f"{path} holds a tensor that cannot be read (") and "\n" not in told
 
 
 def test_objects_beside_tensors_are_refused(tmp_path: Path) -> None:
