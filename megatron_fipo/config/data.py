@@ -174,6 +174,11 @@ def default_name(source: PromptSource) -> str:
     return re.sub(r"[^\w.-]", "_", source.path.stem, flags=re.ASCII) or "prompts"
 
 
+def source_names(given: PromptSource | tuple[PromptSource, ...]) -> list[str]:
+    """Names of the sources of one field, in order."""
+    return [source.name or default_name(source) for source in (given if isinstance(given, tuple) else (given,))]
+
+
 def check_sources(field: str, given: PromptSource | tuple[PromptSource, ...]) -> None:
     """Check what spans the sources of one field, "train" or "evaluation".
 
@@ -188,7 +193,7 @@ def check_sources(field: str, given: PromptSource | tuple[PromptSource, ...]) ->
         rule="must name at least one source",
         way_out="add a source" if field == "train" else "set it to null for none",
     )
-    names = [source.name or default_name(source) for source in sources]
+    names = source_names(given)
     for place, (source, name) in enumerate(zip(sources, names, strict=True)):
         require(
             name not in names[:place],

@@ -16,12 +16,20 @@ named in `checkpoint.accept_changes`. "keep": what the checkpoint holds would no
 ACCEPTED = "checkpoint.accept_changes"
 ABSENT = "(not there)"
 
-# Fields and sections; the longest one that a field lies in counts. All others are "ask".
+# Fields and sections; the longest one that a field lies in counts, numbers of a list's items left out. All others are
+# "ask".
 _RULES: Mapping[str, Rule] = {
     "output_dir": "free",
     "num_steps": "free",
     "checkpoint": "free",
+    "data": "keep",
     "data.epochs": "free",
+    "data.evaluation": "ask",
+    "data.evaluation.name": "free",
+    "data.evaluation.path": "free",
+    # `require_same_sources` looks at names, and the prompt stream at what the files hold.
+    "data.train.name": "free",
+    "data.train.path": "free",
     "evaluation.every_steps": "free",
     "metrics": "free",
     "model.log_prob_chunk_tokens": "free",
@@ -108,7 +116,7 @@ def check_changes(changes: Sequence[Change], accepted: Sequence[str], known: Ite
             raise ConfigError(
                 field=change.field,
                 value=change.now,
-                rule=f"must stay {change.before}, as the run in output_dir has it",
+                rule=f"must stay {change.before}, as the run in output_dir has it{_reason(change.field)}",
                 way_out="restore it, or choose another output_dir for a new run",
             )
     asked = [change for change in changes if change.rule == "ask" and not _lies_in(change.field, accepted)]
@@ -125,6 +133,35 @@ def check_changes(changes: Sequence[Change], accepted: Sequence[str], known: Ite
         )
 
 
+def require_same_sources(before: Sequence[str], now: Sequence[str]) -> None:
+    """Refuse other names of training sources: prompts' ids, and so the seeds of their samples, are made with them.
+
+    Args:
+        before: Names that the run has had.
+        now: Those that it is to have, each given or made from where the prompts come from.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    require(
+        len(now) == len(before),
+        field="data.train",
+        value=", ".join(now),
+        rule=f"must stay the sources {', '.join(before)}{_reason('data.train')}",
+        way_out="restore them, or choose another output_dir for a new run",
+    )
+    for place, (old, new) in enumerate(zip(before, now, strict=True)):
+        field = "data.train.name" if len(now) == 1 else f"data.train.{place}.name"
+        require(
+            new == old,
+            field=field,
+            value=new,
+            rule=f"must stay {old}, as the run in output_dir has it: prompts are known by their source's name, "
+            "which is that of its file where none is given",
+            way_out=f"set {field} to {old}; the file may have any name then",
+        )
+
+
 def field_names(values: Mapping[str, Any]) -> list[str]:
     """Paths of all fields of plain values."""
     return [field for field, _ in _leaves(values)]
@@ -132,7 +169,7 @@ def field_names(values: Mapping[str, Any]) -> list[str]:
 
 def rule_of(field: str) -> Rule:
     """What becomes of a difference in a field."""
-    keys = field.split(".")
+    keys = [key for key in field.split(".") if not key.isdecimal()]
     for length in range(len(keys), 0, -1):
         if (rule := _RULES.get(".".join(keys[:length]))) is not None:
             return rule
@@ -143,9 +180,15 @@ def _lies_in(field: str, places: Sequence[str]) -> bool:
     return any(field == place or field.startswith(f"{place}.") for place in places)
 
 
+def _reason(field: str) -> str:
+    return ", because a run that goes on keeps its prompts and their order" if _lies_in(field, ["data"]) else ""
+
+
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, Sequence) and value and all(isinstance(item, Mapping) for item in value):
+            yield from _leaves({str(number): item for number, item in enumerate(value)}, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -79,9 +79,9 @@ def small_run(root: Path, name: str, **changes: Any) -> RunConfig:
     return RunConfig(**values)
 
 
-def prompts(root: Path, train: str = "train", held_out: str | None = None) -> DataConfig:
+def prompts(root: Path, train: str = "train", held_out: str | None = None, name: str | None = None) -> DataConfig:
     return DataConfig(
-        train=JsonlPrompts(path=root / f"{train}.jsonl"),
+        train=JsonlPrompts(path=root / f"{train}.jsonl", name=name),
         evaluation=None if held_out is None else JsonlPrompts(path=root / f"{held_out}.jsonl"),
         prompt_format="raw",
         max_prompt_tokens=16,

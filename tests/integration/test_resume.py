@@ -160,7 +160,7 @@ def test_changes_of_the_configuration_are_told_and_refused_or_accepted(root: Pat
     errors = dict(zip(refused, (each.error for each in ends), strict=True))
     assert errors["seed"][1].startswith("seed = 2: must stay 1, as the run in output_dir has it; restore it, or")
     assert '--checkpoint.accept_changes "[optimizer.learning_rate]"' in errors["learning rate"][1]
-    assert errors["prompts"][1].startswith("data.train.name = hopeless: must stay train, as the run in output_dir has it")
+    assert errors["prompts"][1].startswith("data.train.name = hopeless: must stay train, as the run in output_dir")
     assert "must be a new or empty directory" in errors["resume"][1]
     assert errors["misspelt"][1].startswith("checkpoint.accept_changes = optimiser: must name fields or sections")
     assert "not as in the run's configuration: optimizer.learning_rate: 0.001 → 0.002" in went_on.log
