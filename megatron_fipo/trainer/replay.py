@@ -160,6 +160,13 @@ def open_dump(path: Path, overrides: Sequence[str]) -> tuple[Dump, RunConfig]:
         rule="must hold the weights from before the update, and does not",
         way_out=way_out.get(dump.weights, "give another dump"),
     )
+    require(
+        (path / ACTOR_FOLDER).is_dir(),
+        field="--replay",
+        value=path,
+        rule=f"has no folder {ACTOR_FOLDER}, which its weights were in",
+        way_out="give a whole dump, RUN/dumps/step_N",
+    )
     config = load_config(RunConfig, path / CONFIG_FILE, overrides)
     require(
         config.mode != "rollout_only",

@@ -119,6 +119,11 @@ def without_a_file(folder: Path) -> None:
     (folder / "rank_0.npz").unlink()
 
 
+def without_weights(folder: Path) -> None:
+    shutil.rmtree(folder / "actor")
+    sealed(folder)
+
+
 def of_other_tokens(folder: Path) -> None:
     with np.load(folder / "rank_0.npz") as file:
         arrays = {name: file[name] for name in file.files}
@@ -147,6 +152,7 @@ UNFIT: dict[str, tuple[Callable[[Path], None], str]] = {
     "flipped bit": (with_a_flipped_bit, "batch.npz: other bytes than were written"),
     "cut short": (cut_short, "rank_0.npz: has "),
     "file missing": (without_a_file, "rank_0.npz: is missing"),
+    "weights missing": (without_weights, "has no folder actor, which its weights were in; give a whole dump"),
     "other tokens": (of_other_tokens, "tokens are in no rank's file"),
     "pickle": (with_a_pickle, "rank_0.npz: cannot be read as arrays of an update (Object arrays cannot be loaded"),
     "pickled index": (with_a_pickle_for_an_index, "asks for posix.mkdir, which no index of a checkpoint needs"),
