@@ -48,7 +48,10 @@ BYTES = ConvertOptions(verify="bytes")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inputs, and a run with a checkpoint of each step, whose two ranks share the optimizer, and so the tensors."""
+    """Inputs, and a run with a checkpoint of each step, whose two ranks share the optimizer, and so the tensors.
+
+    Beside it, a run that does not train.
+    """
     root = write_inputs(tmp_path_factory.mktemp("convert"))
     config = small_run(
         root,
@@ -58,8 +61,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation={"num_prompts": 4, "every_steps": 1},
         checkpoint={"every_steps": 1, "keep_last": STEPS, "export_dtype": "float32"},
     )
-    for (ended,) in run_distributed(run_in_turn, 2, [config]):
-        assert ended.error == ()
+    recording = small_run(root, "recording", mode="rollout_only", num_steps=1, checkpoint={"every_steps": 1})
+    for both in run_distributed(run_in_turn, 2, [config, recording]):
+        assert [ended.error for ended in both] == [(), ()]
     index = read_index(root / "run" / "checkpoints" / f"step_{STEPS}" / "actor").state_dict_metadata
     assert any(len(told.chunks) > 1 for name, told in index.items() if not name.startswith("optimizer"))
     return root
@@ -313,7 +317,19 @@ def refuse_all(root: Path) -> dict[str, tuple[str, list[str]]]:
         shutil.copytree(root / "run" / "checkpoints" / f"step_{STEPS}", here / "checkpoint")
         damage(here / "checkpoint")
         told[kind] = (convert_here("to-hf", here / "checkpoint", here / "out", verify="all"), leftovers(here))
+    told["no weights"] = convert_here("to-hf", root / "recording", root / "bad" / "out"), leftovers(root / "bad")
     return told
+
+
+def test_a_run_that_did_not_train_has_nothing_to_convert(
+    root: Path, refusals: dict[str, tuple[str, list[str]]]
+) -> None:
+    told, left = refusals["no weights"]
+    assert told == (
+        f"ConfigError: RUN|CHECKPOINT = {root}/recording/checkpoints/step_1: has no weights, as no checkpoint of a "
+        "rollout_only run has; name a run that trains"
+    )
+    assert sorted(left) == sorted(BAD_CHECKPOINTS)
 
 
 @pytest.mark.parametrize("kind", BAD_CHECKPOINTS)

@@ -19,7 +19,7 @@ from megatron_fipo.conversion.model_files import MODEL_FOLDER, read_architecture
 from megatron_fipo.conversion.tensor_map import Link, tensor_map
 from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json, gather_json
-from megatron_fipo.platform.checkpoint_reader import CheckpointReader, read_index
+from megatron_fipo.platform.checkpoint_reader import INDEX_FILE, CheckpointReader, read_index
 from megatron_fipo.runtime.checkpoint_store import (
     MANIFEST_FILE,
     Checkpoint,
@@ -69,7 +69,7 @@ class CheckpointSource:
 
         Raises:
             CheckpointError: Its index is damaged, or of another model than it describes.
-            ConfigError: The model is none that is converted.
+            ConfigError: It has no weights, or the model is none that is converted.
         """
         return CheckpointWeights(self.path / ACTOR_FOLDER, self.architecture())
 
@@ -78,8 +78,15 @@ class CheckpointSource:
 
         Raises:
             CheckpointError: It has none.
-            ConfigError: It asks for code of its own, or transformers does not know it.
+            ConfigError: It has no weights, asks for code of its own, or transformers does not know it.
         """
+        require(
+            (self.path / ACTOR_FOLDER / INDEX_FILE).exists(),
+            field=_NAMED,
+            value=self.path,
+            rule="has no weights, as no checkpoint of a rollout_only run has",
+            way_out="name a run that trains",
+        )
         if not self.model_folder.is_dir():
             raise CheckpointError(
                 f"{self.model_folder}: is missing; a checkpoint that can be converted holds config.json and the "
