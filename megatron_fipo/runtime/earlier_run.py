@@ -29,8 +29,8 @@ def check_against_earlier(config: RunConfig, directory: RunDirectory) -> list[Ch
         Every difference, all of which are accepted.
 
     Raises:
-        ConfigError: A run of some steps has no checkpoint, and was or is to write none; or a field has changed that
-            must not, or that `checkpoint.accept_changes` has to name.
+        ConfigError: A run of some steps has no checkpoint, and was or is to write none; or its metrics have a line that
+            it did not write; or a field has changed that must not, or that `checkpoint.accept_changes` has to name.
     """
     if not directory.has_run:
         return []
@@ -43,6 +43,7 @@ def check_against_earlier(config: RunConfig, directory: RunDirectory) -> list[Ch
             rule=f"this release cannot read the run's own configuration ({error})",
             way_out="go on with the release that began the run, or choose another directory",
         ) from error
+    directory.check_lines()
     _check_that_it_goes_on(min(config.checkpoint.every_steps, earlier.checkpoint.every_steps), directory)
     if earlier.data is not None and config.data is not None:
         require_same_sources(source_names(earlier.data.train), source_names(config.data.train))

@@ -1,5 +1,7 @@
 """The run directory: resolved configuration, metrics, samples, logs."""
 
+import itertools
+import logging
 import os
 import re
 import shutil
@@ -14,6 +16,8 @@ from megatron_fipo.runtime.files.disk_errors import disk_errors_told, disk_way_o
 from megatron_fipo.runtime.files.json_files import append_lines, keep_lines, read_whole_lines
 from megatron_fipo.runtime.files.whole_file import whole_file
 from megatron_fipo.runtime.run_lock import LOCK_FILE
+
+logger = logging.getLogger(__name__)
 
 BREAKDOWN_FILE = "last_breakdown"
 """In the run directory: the newest checkpoint's step when a rank last died or the run last hung, or -1."""
@@ -51,7 +55,7 @@ class RunDirectory:
 
         Raises:
             ConfigError: It is a file, a directory that holds something else, or a place that this user may not write
-                to.
+                to; or its export is a link that leads nowhere.
         """
         is_run = may_have_run and RunDirectory(path).has_run
         try:
@@ -75,6 +79,14 @@ class RunDirectory:
             value=path,
             rule="must be a directory that this user may write to",
             way_out="choose another directory or mend its permissions",
+        )
+        export = RunDirectory(path).export
+        require(
+            not is_run or not export.is_symlink() or export.exists(),
+            field="output_dir",
+            value=path,
+            rule=f"{export} is a link that leads nowhere, so the model could not be exported at the end",
+            way_out="remove the link, or bring back what it leads to",
         )
 
     @classmethod
@@ -104,20 +116,53 @@ class RunDirectory:
     @property
     def last_step(self) -> int | None:
         """The last finished step that has its metrics; None where none has."""
-        lines = read_whole_lines(self.metrics_file)[0] if self.metrics_file.exists() else []
+        lines = _lines(self.metrics_file)
         # The line of a step that found no prompts has its evaluation alone.
         return max((line["step"] for line in lines if "rollout/reward_mean" in line), default=None)
 
-    def set_export_aside(self) -> Path | None:
+    def check_lines(self) -> None:
+        """Refuse metrics and samples that the run did not write; nothing is touched.
+
+        Raises:
+            ConfigError: A line is of no step, or a file cannot be read.
+        """
+        for path in (self.metrics_file, self.samples_file):
+            try:
+                steps = [line.get("step") for line in _lines(path)]
+            except OSError as error:
+                raise ConfigError(
+                    field="output_dir",
+                    value=self.path,
+                    rule=f"{path.name} cannot be read ({error.strerror})",
+                    way_out="mend that, or choose another directory",
+                ) from error
+            strange = [number for number, step in enumerate(steps, start=1) if type(step) is not int]
+            require(
+                not strange,
+                field="output_dir",
+                value=self.path,
+                rule=f"line {strange and strange[0]} of {path.name} is of no step, so the run did not write it",
+                way_out="remove that line",
+            )
+
+    def _steps_without_metrics(self, last: int) -> list[int]:
+        told = {line["step"] for line in _lines(self.metrics_file)}
+        return [step for step in range(1, last + 1) if step not in told]
+
+    def set_export_aside(self, finished_steps: int) -> Path | None:
         """Rename the export of the last step, because the run goes on; returns its new place, where there was one.
+
+        Args:
+            finished_steps: Steps of the checkpoint that it goes on from; the export may be of a later one.
 
         Raises:
             RunError: It cannot be renamed.
         """
         if not self.export.exists():
             return None
-        aside = self.path / f"export_step_{self.last_step}"
-        shutil.rmtree(aside, ignore_errors=True)
+        name = f"export_step_{max(finished_steps, self.last_step or 0)}"
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        aside = next(path for path in map(self.path.joinpath, names) if not os.path.lexists(path))
         with disk_errors_told(self.export, "cannot be renamed", RunError):
             self.export.rename(aside)
         return aside
@@ -133,7 +178,7 @@ class RunDirectory:
         return cls.begin(path, config_yaml)
 
     def forget_after(self, step: int, has_metrics: bool = True) -> None:
-        """Leave nothing of later steps that would not be written again in its place.
+        """Leave nothing of later steps that would not be written again in its place; warn where metrics are missing.
 
         Their lines go out of metrics.jsonl and samples.jsonl, with any that a killed run left half; so do recorded
         rollouts, token records, evaluations, and weights that were on their way to servers. Dumps stay: they are of
@@ -146,7 +191,8 @@ class RunDirectory:
         Raises:
             RunError: The files cannot be written.
         """
-        for path, last in ((self.metrics_file, step if has_metrics else step - 1), (self.samples_file, step)):
+        told = step if has_metrics else step - 1
+        for path, last in ((self.metrics_file, told), (self.samples_file, step)):
             if path.exists():
                 with disk_errors_told(path, _UNWRITTEN, RunError):
                     _keep_steps(path, last)
@@ -156,6 +202,15 @@ class RunDirectory:
                     with disk_errors_told(path, "cannot be removed", RunError):
                         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.weights, ignore_errors=True)
+        if missing := self._steps_without_metrics(told):
+            logger.warning(
+                "%s has no line of %d of the %d steps that are done, from step %d on; it was removed or changed, and "
+                "what is missing is not written again",
+                self.metrics_file,
+                len(missing),
+                told,
+                missing[0],
+            )
 
     def remove_remnants(self) -> None:
         """Remove files that a killed run left half; before anything writes here."""
@@ -279,6 +334,10 @@ def _holds_files(path: Path) -> bool:
     """Whether a directory holds anything but what is left of a run that ended before it began."""
     names = [each.name for each in path.iterdir()]
     return any(name not in _BEFORE_RUN and not name.startswith(_BEFORE_RUN_PREFIXES) for name in names)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return read_whole_lines(path)[0] if path.exists() else []
 
 
 def _keep_steps(path: Path, last: int) -> None:

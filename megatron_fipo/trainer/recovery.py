@@ -77,7 +77,10 @@ def restore_files(run: Run, has_checkpoint: bool, without_journal: bool) -> None
 
 def _forget_later(run: Run, has_checkpoint: bool) -> None:
     assert run.directory is not None, "rank 0 has it"
-    if run.finished_steps < run.config.num_steps and (aside := run.directory.set_export_aside()) is not None:
+    if (
+        run.finished_steps < run.config.num_steps
+        and (aside := run.directory.set_export_aside(run.finished_steps)) is not None
+    ):
         logger.warning("the run goes on, so its export is %s now", aside)
     if not has_checkpoint:
         logger.warning("%s has no checkpoint yet; the run begins anew", run.directory.path)

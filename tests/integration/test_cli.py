@@ -228,6 +228,11 @@ def test_check_looks_into_the_run_that_is_to_go_on(root: Path) -> None:
     code, out, err = run_command("check", config)
     assert (code, out) == (0, "")
     assert err.startswith("checkpoint of step 2 is damaged and left out: ") and err.count("\n") == 1
+    metrics = run.output_dir / "metrics.jsonl"
+    metrics.write_text('{"step": "7"}\n')
+    code, _, err = run_command("check", config)
+    assert code == 2 and "line 1 of metrics.jsonl is of no step" in err and err.count("\n") == 1
+    metrics.unlink()
     (store.path(1) / "manifest.json").unlink()
     code, _, err = run_command("check", config)
     assert code == 2

@@ -99,13 +99,72 @@ def test_a_directory_that_is_removed_or_replaced_under_a_run_ends_it(tmp_path: P
 
 def test_an_export_is_set_aside_under_the_step_that_it_is_of(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path, "")
-    assert directory.last_step is None and directory.set_export_aside() is None
+    assert directory.last_step is None and directory.set_export_aside(0) is None
+    directory.export.mkdir()
+    assert directory.set_export_aside(4) == tmp_path / "export_step_4", "its metrics are gone"
     directory.append_metrics({"step": 7, "rollout/reward_mean": 0.5})
     directory.append_metrics({"step": 8, "eval/accuracy": 0.5})
-    for _ in range(2):
-        directory.export.mkdir()
-        assert directory.set_export_aside() == tmp_path / "export_step_7"
+    directory.export.mkdir()
+    assert directory.set_export_aside(6) == tmp_path / "export_step_7"
     assert not directory.export.exists()
+
+
+def test_an_export_that_is_set_aside_takes_the_place_of_nothing(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    (tmp_path / "export_step_3").write_text("mine")
+    (tmp_path / "export_step_3_2").symlink_to("nowhere")
+    for name in ("export_step_3_3", "export_step_3_4"):
+        directory.export.mkdir()
+        assert directory.set_export_aside(3) == tmp_path / name
+    assert (tmp_path / "export_step_3").read_text() == "mine"
+
+
+def test_an_export_that_leads_nowhere_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run", "")
+    directory.export.symlink_to(tmp_path / "disk")
+    with pytest.raises(ConfigError, match="run/export is a link that leads nowhere, so .*; remove the link, or bring"):
+        RunDirectory.check(directory.path, may_have_run=True)
+    (tmp_path / "disk").mkdir()
+    RunDirectory.check(directory.path, may_have_run=True)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"step": "7"}', '{"step": true}'])
+def test_a_line_that_the_run_did_not_write_is_refused_and_nothing_cut(tmp_path: Path, name: str, line: str) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    directory.check_lines()
+    content = f'{{"step": 0}}\n{line}\n{{"step": 1}}\n'
+    (tmp_path / name).write_text(content)
+    with pytest.raises(
+        ConfigError, match=f"^output_dir = .*: line 2 of {name} is of no step, so .*; remove that line$"
+    ):
+        directory.check_lines()
+    assert (tmp_path / name).read_text() == content
+
+
+def test_metrics_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    directory.metrics_file.mkdir()
+    with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be read \(Is a directory\)"):
+        directory.check_lines()
+
+
+def test_steps_that_lost_their_metrics_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    for step in (0, 1, 2):
+        directory.append_metrics({"step": step})
+    directory.forget_after(-1)
+    for step in (0, 1):
+        directory.append_metrics({"step": step})
+    directory.forget_after(1)
+    directory.forget_after(2, has_metrics=False)
+    assert caplog.messages == []
+    directory.metrics_file.unlink()
+    directory.forget_after(3)
+    (told,) = caplog.messages
+    assert told.startswith(
+        f"{directory.metrics_file} has no line of 3 of the 3 steps that are done, from step 1 on; it"
+    )
 
 
 def test_a_removed_directory_can_be_made_again(tmp_path: Path) -> None:
