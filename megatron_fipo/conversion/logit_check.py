@@ -1,5 +1,6 @@
 """Whether two models give the same logits, and how close they are."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,8 +48,19 @@ class Agreement:
     rounding: "Agreement | None" = None
 
     @property
+    def is_finite(self) -> bool:
+        """Whether its numbers say anything: they do not where logits are NaN or infinite, or are 0 at most positions.
+
+        That is so of `rounding`, too.
+        """
+        numbers = (self.largest, self.scale, self.typical, self.mean_kl)
+        return all(map(math.isfinite, numbers)) and (self.rounding is None or self.rounding.is_finite)
+
+    @property
     def matches(self) -> bool:
         """Whether the models are the same, up to rounding."""
+        if not self.is_finite:
+            return False
         kl_tolerance = KL_TOLERANCES[torch.bfloat16 if self.may_reroute else self.dtype]
         if self.dtype == torch.float32:
             largest = self.largest_typical if self.may_reroute else self.largest

@@ -226,3 +226,30 @@ def test_tokens_between_two_experts_are_no_difference(root: Path) -> None:
     ((equal, without),) = run_distributed(with_and_without_replay, 1, root)
     assert equal == "equal"
     assert "every tensor and setting is the checkpoint's" in without, "else there was nothing to replay"
+
+
+def of_meaningless_folders(root: Path) -> list[str]:
+    """What is said of folders whose checkpoint has the very same tensors."""
+    told = []
+    for name, value in (("model.layers.1.self_attn.o_proj.weight", torch.nan), ("lm_head.weight", 0.0)):
+        folder = root / f"meaningless {name}"
+        shutil.copytree(root / "llama", folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name][..., :] = value
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        options = ConvertOptions()
+        try:
+            convert(Conversion(direction="to-megatron", source=folder, target=root / "of nothing", options=options))
+        except RunError as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+def test_logits_that_say_nothing_prove_nothing(root: Path) -> None:
+    ((not_finite, zero),) = run_distributed(of_meaningless_folders, 1, root)
+    assert not_finite.startswith(
+        "ConversionError: "
+    ) and "; model.layers.1.self_attn.o_proj.weight is not finite; " in (not_finite)
+    assert zero.startswith("ConversionError: ") and "; all of the folder's are 0, which says nothing of its " in zero
+    assert "they part at" not in not_finite + zero
+    assert not (root / "of nothing").exists()

@@ -9,6 +9,7 @@ router's, and so a router that is another one is seen.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class _Comparison:
         self._source, self._weights = source, weights
         self._export = TransformersRun(folder, options.memory_bytes, scratch)
         stored = read_stored(folder)
+        self._stored = stored
         self._exported_as = {weights.name_of(link): stored[link.hf[0].name].dtype for link in weights.links}
         self._sequences, self._kind = probe_sequences(folder, self._export.architecture.vocab_size, source.run)
         self._overrides = _overrides(source)
@@ -112,7 +114,8 @@ class _Comparison:
             agreement = compare_logits(ours, exact, torch.float32)
             lines.append(self._line(agreement))
             if not agreement.matches:
-                return lines, f"{agreement}" + (f"; they part at {parted}" if parted else "")
+                where = self._says_nothing(agreement) or (parted and f"they part at {parted}")
+                return lines, "; ".join(filter(None, (str(agreement), where)))
         if is_rounded or torch.bfloat16 in self._exported_as.values():
             outputs.clear()
             theirs = self._export.logits(self._sequences, torch.bfloat16, outputs)
@@ -120,8 +123,19 @@ class _Comparison:
             agreement = compare_logits(ours, theirs, torch.bfloat16, exact)
             lines.append(self._line(agreement))
             if not agreement.matches:
-                return lines, str(agreement)
+                return lines, "; ".join(filter(None, (str(agreement), self._says_nothing(agreement))))
         return lines, ""
+
+    def _says_nothing(self, agreement: Agreement) -> str:
+        """Why the folder's logits say nothing of its weights; "" where they do, or it is not the folder's fault."""
+        if agreement.is_finite:
+            return ""
+        bad = [name for name, tensor in self._stored.items() if not tensor.read().isfinite().all()]
+        if bad:
+            return f"{bad[0]}{f' and {len(bad) - 1} more are' if len(bad) > 1 else ' is'} not finite"
+        if agreement.scale == 0 and math.isfinite(agreement.largest):
+            return "all of the folder's are 0, which says nothing of its weights: compare these with --verify bytes"
+        return ""
 
     def _line(self, agreement: Agreement) -> str:
         how = "" if self._export.fits(agreement.dtype) else ", layer by layer"

@@ -43,6 +43,19 @@ def test_what_is_no_number_does_not_match() -> None:
             assert not compare_logits(ours, theirs, dtype).matches
 
 
+def test_logits_that_are_all_0_do_not_match() -> None:
+    """They are the same whatever the weights before the output matrix are."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = compare_logits([torch.zeros(3, 5)], [torch.zeros(3, 5)], dtype)
+        assert found.largest == 0 and not found.is_finite and not found.matches
+
+
+def test_rounding_that_is_no_number_excuses_nothing() -> None:
+    exact = [torch.full_like(each, math.nan) for each in LOGITS]
+    found = compare_logits([each + 9 * torch.randn_like(each) for each in LOGITS], LOGITS, torch.bfloat16, exact)
+    assert math.isfinite(found.typical) and not found.matches
+
+
 def test_bfloat16_may_differ_by_its_own_rounding() -> None:
     """Noise of 3 % is too much, but not where rounding alone makes 2 %; nor does rounding excuse 30 %."""
     theirs = torch.randn(200, 50)
