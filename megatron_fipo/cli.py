@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -77,9 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _ending_at_once("train --replay" if words[1:2] == ["--replay"] else words[0]):
             return commands[words[0]](words[1:])
     except ConfigError as error:
-        # Without a rank (the launcher's variables are wrong, perhaps on this one alone) every process speaks.
-        if int(os.environ.get("RANK", "0")) == 0:
+        # Without a rank (the launcher's variables are wrong, perhaps on this one alone) every process speaks, and with
+        # one the first of each node: a file may be missing on a single one.
+        if (rank := int(os.environ.get("RANK", "0"))) == 0:
             print(f"megatron-fipo: {error}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK") == "0":
+            print(f"megatron-fipo: rank {rank} ({socket.gethostname()}): {error}", file=sys.stderr)
         return BAD_INPUT
     except ModuleNotFoundError as error:
         if error.name not in _IN_EXTRAS:

@@ -20,7 +20,7 @@ from megatron_fipo.parallel.flight_recorder import last_collectives, record_coll
 from megatron_fipo.platform.device import collective_backend, compute_device, uses_cuda
 from megatron_fipo.rollout.servers.listener import job_address
 from megatron_fipo.runtime.errors import BreakdownError, RunError
-from megatron_fipo.runtime.exit_codes import DONE, FAILED, GO_ON, INTERRUPTED
+from megatron_fipo.runtime.exit_codes import BAD_INPUT, DONE, FAILED, GO_ON, INTERRUPTED
 from megatron_fipo.runtime.logging import setup_logging
 from megatron_fipo.runtime.stop_request import StopRequest, StopRequested
 from megatron_fipo.runtime.watchdog.breakdowns import breakdown_statuses
@@ -66,7 +66,7 @@ def do_on_ranks(work: RankWork) -> int:
     """Do this rank's part; returns the exit status.
 
     Raises:
-        ConfigError: An input cannot be used; raised on every rank.
+        ConfigError: This rank cannot join the others.
     """
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank)
@@ -83,8 +83,10 @@ def do_on_ranks(work: RankWork) -> int:
         return _told(rank, f"{work.name} stopped: {error}", FAILED)
     except StopRequested as reason:
         return _told(rank, f"{work.name} ended on {reason}; {work.way_on}", work.stop_statuses.get(str(reason), GO_ON))
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        if not watchdog.has_joined:
+            raise
+        return _told(rank, str(error), BAD_INPUT)
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()

@@ -20,6 +20,7 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
+from megatron_fipo.runtime.exit_codes import BAD_INPUT
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.run_lock import hold_run_directory
 from megatron_fipo.trainer.ranks import check_visible_devices
@@ -428,3 +429,17 @@ def test_all_ranks_end_when_one_breaks_down(root: Path) -> None:
     assert "rank 0 INFO step 1/1" in err
     assert "File too large" in err
     assert not (root / "disk_full" / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "begins"), [(0, 0, "megatron-fipo: "), (8, 0, "megatron-fipo: rank 8 ("), (9, 1, "")]
+)
+def test_the_first_rank_of_each_node_tells_what_it_cannot_read(
+    rank: int, local_rank: int, begins: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    variables = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(["train", str(tmp_path / "missing.yaml")]) == BAD_INPUT
+    told = capsys.readouterr().err
+    assert told.startswith(begins) and ("missing.yaml" in told) == bool(begins)

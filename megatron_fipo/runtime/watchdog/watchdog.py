@@ -87,6 +87,9 @@ class Watchdog:
         stop: Told of a request for an end.
         last_collectives: Tells which collective every process group saw last.
         breakdown_status: Gives the exit status where a rank has died or the run hangs.
+
+    Attributes:
+        has_joined: Whether this rank's watchdog speaks to the others', or will, as rank 0's.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class Watchdog:
         self._resources = ExitStack()
         self._hub = Hub(self._hear_peer, self._lose_peer)
         self._line = Line(self._hear_hub, self._lose_hub)
-        self._hub_has_left = self._hub_is_gone = self._has_joined = self._is_ending = False
+        self._hub_has_left = self._hub_is_gone = self.has_joined = self._is_ending = False
         self._first_signal_at = self._asked_at = self._hub_heard_at = self._own_changed_at = 0.0
         self._own_changes = -1
         self._gone: list[Peer] = []
@@ -130,7 +133,7 @@ class Watchdog:
         failure = ""
         if isinstance(error, Exception) and not isinstance(error, ConfigError | RunError | StopRequested):
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            if self._has_joined:
+            if self.has_joined:
                 # Where another rank is gone, this process ends here: its own error is an echo, and its text misleads.
                 time.sleep(ECHO_S)
                 if self._is_ending or self._gone or self._hub_is_gone:
@@ -143,7 +146,7 @@ class Watchdog:
 
     def open(self, host: str) -> dict[str, Any]:
         """On rank 0: listen at an address; returns what the others need to `join`."""
-        self._has_joined = True
+        self.has_joined = True
         return self._run(self._hub.open(host))
 
     def join(self, address: Mapping[str, Any]) -> None:
@@ -154,7 +157,7 @@ class Watchdog:
         """
         self._run(self._line.connect(address, self._settings.rank))
         self._hub_heard_at = self._loop.time()
-        self._has_joined = True
+        self.has_joined = True
 
     def _run[T](self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -402,7 +405,7 @@ class Watchdog:
         if self._asked_at and self._loop.time() - self._asked_at > self._settings.stop_within_s + ANSWER_S:
             self._begin_end(self._stop_status(self._stop.signal), "")
         # Rank 0 goes first where it can.
-        if not longest or not self._has_joined or silent_s <= longest + ANSWER_S or self._hub_has_left:
+        if not longest or not self.has_joined or silent_s <= longest + ANSWER_S or self._hub_has_left:
             return
         own = await self._loop.run_in_executor(None, self._own_answer)
         reason = f"{self._settings.name} hangs: {self._line.hub_name} has not been heard of for {silent_s:.0f} s"
