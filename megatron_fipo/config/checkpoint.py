@@ -26,7 +26,7 @@ class CheckpointConfig:
 
     best_metric: str = ""
     """Metric of metrics.jsonl that keep_best looks at, such as "eval/accuracy"; a step without it, as where no
-    evaluation was due, has no rank."""
+    evaluation was due, has no rank. Where it changes, checkpoints ranked by the one before have none either."""
 
     best_is: Literal["highest", "lowest"] = "highest"
     """Which value of best_metric is the best."""

@@ -28,7 +28,7 @@ from megatron_fipo.runtime.retention import Retention
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 
 _NAME = re.compile(r"step_(0|[1-9][0-9]*)")
@@ -48,6 +48,7 @@ class Manifest:
         versions: Releases that wrote it, by package.
         score: What `Retention.keep_best` ranks it by, where there is one.
         files: Every other file, by its path in the folder.
+        metric: What the score is of; None where there is none, and in format version 1, which did not tell.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Manifest:
     versions: Mapping[str, str]
     score: float | None
     files: Mapping[str, FileRecord]
+    metric: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +154,14 @@ class CheckpointStore:
             step: Finished steps.
             layout: Sizes of the process grid.
             written: Files that are on disk already, by path in the folder; others are hashed and waited for here.
-            score: For `Retention.keep_best`; one that is not finite counts as none.
+            score: Its `Retention.best_metric`; one that is not finite counts as none.
 
         Raises:
             CheckpointError: It cannot be completed; there is none of this step then.
         """
         partial, path = self.partial(step), self.path(step)
         with disk_errors_told(partial, "cannot be completed"):
-            manifest = write_manifest(partial, step, layout, written, score)
+            manifest = write_manifest(partial, step, layout, written, score, self.retention.best_metric)
             if path.exists():
                 _remove(path)
             partial.rename(path)
@@ -257,9 +259,13 @@ class CheckpointStore:
         except NotADirectoryError as error:
             raise CheckpointError(f"{self.folder}: is no folder") from error
 
+    def _rank(self, manifest: Manifest) -> float | None:
+        """The score, where it is of the metric that ranks; one that does not tell its metric is taken for that."""
+        return manifest.score if manifest.metric in (None, self.retention.best_metric) else None
+
     def _prune(self, newest: Checkpoint) -> None:
         """Remove what need not stay; damaged checkpoints are left to a person."""
-        scores = {newest.manifest.step: newest.manifest.score}
+        scores = {newest.manifest.step: self._rank(newest.manifest)}
         # The new checkpoint is complete, whatever happens to the others.
         try:
             steps = self.steps()
@@ -268,7 +274,7 @@ class CheckpointStore:
             return
         for step in steps:
             try:
-                scores[step] = self.read(step).manifest.score
+                scores[step] = self._rank(self.read(step).manifest)
             except RunError as problem:
                 logger.warning("checkpoint of step %d is left where it is: %s", step, problem)
         for step in scores.keys() - self.retention.kept(scores) - {newest.manifest.step}:
@@ -306,6 +312,7 @@ def write_manifest(
     layout: Mapping[str, int],
     written: Mapping[str, FileRecord],
     score: float | None = None,
+    metric: str = "",
 ) -> Manifest:
     """Make a folder a complete checkpoint, all of it on disk; under its final name it must be renamed afterwards.
 
@@ -315,17 +322,20 @@ def write_manifest(
         layout: Sizes of the process grid; empty where no grid wrote it.
         written: See `CheckpointStore.commit`.
         score: The same.
+        metric: What the score is of.
 
     Raises:
         CheckpointError: A file is missing or has other bytes than were written.
         OSError: The disk refuses.
     """
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    has_score = score is not None and math.isfinite(score)
     manifest = Manifest(
         step=step,
         layout=dict(layout),
         versions={"megatron-fipo": megatron_fipo.__version__, **versions},
-        score=score if score is not None and math.isfinite(score) else None,
+        score=score if has_score else None,
+        metric=metric if has_score else None,
         files=_sealed(folder, written),
     )
     write_json(folder / MANIFEST_FILE, _signed(manifest))

@@ -12,12 +12,14 @@ class Retention:
         keep_last: The newest so many, at least 1.
         keep_every: All whose step is a multiple; 0 keeps none for that.
         keep_best: The so many with the best score; those without a score are none of them.
+        best_metric: What a score is of; those of another metric count as none.
         highest_is_best: Whether a greater score is the better one.
     """
 
     keep_last: int = 2
     keep_every: int = 0
     keep_best: int = 0
+    best_metric: str = ""
     highest_is_best: bool = True
 
     def kept(self, scores: Mapping[int, float | None]) -> set[int]:

@@ -68,6 +68,7 @@ class Checkpointer:
             keep_last=config.keep_last,
             keep_every=config.keep_every,
             keep_best=config.keep_best,
+            best_metric=config.best_metric,
             highest_is_best=config.best_is == "highest",
         )
         self.store = CheckpointStore(folder, retention)

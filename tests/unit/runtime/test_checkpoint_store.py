@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -168,11 +169,11 @@ def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_later_format_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path, ALL)
     write(store, 1)
-    monkeypatch.setattr(checkpoint_store, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(checkpoint_store, "FORMAT_VERSION", 3)
     write(store, 2)
     monkeypatch.undo()
     with pytest.raises(
-        NewerFormatError, match="format version 2, and this release reads 1; use the release that wrote"
+        NewerFormatError, match="format version 3, and this release reads 2; use the release that wrote"
     ):
         store.newest_valid()
 
@@ -240,6 +241,29 @@ def test_those_that_need_not_stay_are_removed(tmp_path: Path, caplog: pytest.Log
         write(store, 8)
     assert store.steps() == [2, 4, 6, 7, 8], "a damaged one neither counts nor goes"
     assert f"checkpoint of step 7 is left where it is: {tmp_path}/step_7/" in caplog.text
+
+
+def test_scores_of_different_metrics_are_not_compared(tmp_path: Path) -> None:
+    loss, accuracy = (
+        CheckpointStore(tmp_path, Retention(keep_last=1, keep_best=1, best_metric=metric))
+        for metric in ("train/loss", "eval/accuracy")
+    )
+    write(loss, 1, score=7.0)
+    write(accuracy, 2, score=0.5)
+    write(accuracy, 3, score=0.25)
+    assert accuracy.steps() == [2, 3]
+    assert (accuracy.read(2).manifest.metric, write(accuracy, 4).manifest.metric) == ("eval/accuracy", None)
+
+
+def test_a_checkpoint_of_the_format_before_keeps_its_rank(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, Retention(keep_last=1, keep_best=1, best_metric="eval/accuracy"))
+    content = asdict(write(store, 1, score=0.5).manifest)
+    del content["metric"]
+    text = {"format_version": 1, "sha256": checkpoint_store._digest(content), **content}
+    (store.path(1) / "manifest.json").write_text(json.dumps(text))
+    for step, score in ((2, 0.25), (3, None)):
+        write(store, step, score)
+    assert store.steps() == [1, 3]
 
 
 def test_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
