@@ -1,7 +1,7 @@
 """Scored groups to one packed training batch, and batches to files and back."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,38 +139,45 @@ def routing_path(path: Path) -> Path:
     return path.with_suffix(".routing")
 
 
-def save_batch(batch: TrainBatch, path: Path) -> None:
+def save_batch(batch: TrainBatch, path: Path, step: int | None = None) -> None:
     """Write a batch as an npz file of plain arrays; it appears complete or not at all.
 
     A routing file stays as it is: at `routing_path`, it is the recording's.
+
+    Args:
+        batch: The batch.
+        path: The file.
+        step: The step that it is recorded for, if for one.
 
     Raises:
         RunError: It cannot be written.
     """
     with disk_errors_told(path, "cannot be written", RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(batch, path)
+        _write(batch, path, {} if step is None else {"step": np.int64(step)})
 
 
-def _write(batch: TrainBatch, path: Path) -> None:
+def _write(batch: TrainBatch, path: Path, told: Mapping[str, Any]) -> None:
     with whole_file(path) as file:
         np.savez(
             file,
             format_version=np.int64(FORMAT_VERSION),
             temperature=np.float64(batch.temperature),
+            **told,
             **{name: getattr(batch, name) for name in _TYPES},
         )
 
 
-def load_batch(path: Path, demand_finite: bool = True) -> TrainBatch:
+def load_batch(path: Path, demand_finite: bool = True, step: int | None = None) -> TrainBatch:
     """Read a recorded batch; nothing is unpickled.
 
     Args:
         path: The file.
         demand_finite: Refuse rewards and log-probabilities that are not finite; false for the study of faults.
+        step: The step that it is to be of, where the file tells; None for any.
 
     Raises:
-        RecordedBatchError: The file is missing, unreadable, of another format version, or its arrays disagree.
+        RecordedBatchError: The file is missing, unreadable, of another format version or step, or its arrays disagree.
     """
     try:
         arrays = read_arrays(path)
@@ -180,6 +187,11 @@ def load_batch(path: Path, demand_finite: bool = True) -> TrainBatch:
     if version != FORMAT_VERSION:
         raise RecordedBatchError(
             f"{path}: format version {version:g}; this release reads {FORMAT_VERSION}: record the rollouts anew"
+        )
+    if step is not None and "step" in arrays and (told := _scalar(arrays, "step")) != step:
+        raise RecordedBatchError(
+            f"{path}: was recorded for step {told:g} and is in the place of step {step}; bring back that step's, or "
+            "record the rollouts anew"
         )
     missing = [name for name in _TYPES if name not in arrays]
     if missing:
@@ -233,20 +245,21 @@ def _find_non_finite(batch: TrainBatch) -> str | None:
     return f"{', '.join(names)} are not finite" if names else None
 
 
-def load_recorded(path: Path, config: RunConfig, vocab_size: int) -> TrainBatch:
+def load_recorded(path: Path, config: RunConfig, vocab_size: int, step: int | None = None) -> TrainBatch:
     """Read a recorded batch for a run, with the run's advantages and updates.
 
     Args:
         path: The recording.
         config: The run.
         vocab_size: Tokens of the run's model.
+        step: See `load_batch`.
 
     Raises:
         RecordedBatchError: See `load_batch`.
         ConfigError: The batch was sampled at another temperature or from another vocabulary, or its groups cannot be
             shared evenly among the updates.
     """
-    batch = load_batch(path)
+    batch = load_batch(path, step=step)
     require(
         batch.temperature == config.rollout.temperature,
         field="rollout.temperature",

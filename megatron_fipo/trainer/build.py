@@ -184,7 +184,7 @@ def _find_recorded(config: RunConfig, bridge: HfBridge) -> list[Path]:
             rule=f"must not exceed the recorded rollouts: {path} for step {step} does not exist",
             way_out="lower num_steps, or record more with mode rollout_only",
         )
-    load_recorded(paths[0], config, bridge.vocab_size)
+    load_recorded(paths[0], config, bridge.vocab_size, step=1)
     return paths
 
 

@@ -177,13 +177,13 @@ def assemble_batch(run: Run, step: int, rollout: Rollout | None) -> TrainBatch |
 
 def _assemble(run: Run, step: int, rollout: Rollout | None) -> TrainBatch:
     if rollout is None:
-        batch = load_recorded(run.recorded[step - 1], run.config, run.actor.bridge.vocab_size)
+        batch = load_recorded(run.recorded[step - 1], run.config, run.actor.bridge.vocab_size, step)
     else:
         batch = rollout.batch
     assert run.directory is not None, "rank 0 has it"
     run.directory.require_here()
     if run.config.mode == "rollout_only":
-        save_batch(batch, batch_path(run.directory.rollouts, step))
+        save_batch(batch, batch_path(run.directory.rollouts, step), step)
     run.safeguards.watch_rollout(step, batch, {} if rollout is None else rollout.metrics)
     return batch
 

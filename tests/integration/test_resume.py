@@ -130,6 +130,11 @@ def test_a_recording_goes_on_too(root: Path) -> None:
     )
     assert len(one) == 3 and other == one
     assert lines(parts[-1]) == lines(whole)
+    recorded = whole.output_dir / "rollouts"
+    shutil.copy(recorded / "rollout_000002.npz", recorded / "rollout_000003.npz")
+    twice = config(root, "twice", 3, mode="train_only", recorded_rollouts=recorded, data=None)
+    ((ended,),) = run_distributed(run_in_turn, 1, [twice])
+    assert ended.error[0] == "RecordedBatchError" and "was recorded for step 2 and is in the place of" in ended.error[1]
 
 
 def test_changes_of_the_configuration_are_told_and_refused_or_accepted(root: Path) -> None:

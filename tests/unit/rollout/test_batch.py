@@ -351,6 +351,11 @@ def test_a_recording_is_cut_for_the_run_that_reads_it(batch: TrainBatch, tmp_pat
     path = batch_path(tmp_path, 1)
     save_batch(batch, path)
     assert_equal(load_recorded(path, run_config(tmp_path), vocab_size=10), batch)
+    assert_equal(load_batch(path, step=3), batch)
+    save_batch(batch, path, step=2)
+    assert_equal(load_recorded(path, run_config(tmp_path), vocab_size=10, step=2), batch)
+    with pytest.raises(RecordedBatchError, match=r"was recorded for step 2 and is in the place of step 3; bring back"):
+        load_recorded(path, run_config(tmp_path), vocab_size=10, step=3)
 
 
 @pytest.mark.parametrize(
