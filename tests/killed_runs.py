@@ -36,6 +36,8 @@ _FILE_EVENTS = frozenset({"open", "os.rename", "os.mkdir", "os.remove", "os.rmdi
 # What is left of a life ends by itself within this after a kill. In its first seconds, before the ranks have met, none
 # can know of another's death: then it is ended here, as launchers do.
 END_PATIENCE_S = 20.0
+# A controller whose rank 0 is gone has this long to end its servers in good order, and then ends itself.
+LAST_END_PATIENCE_S = 80.0
 LIFE_PATIENCE_S = 300.0
 
 
@@ -202,7 +204,7 @@ def _ended(life: Life, ranks: list[int]) -> list[int]:
 
 def end_marked(mark: str) -> list[str]:
     """End processes of a life that do not end by themselves; gives their command lines."""
-    deadline = time.monotonic() + END_PATIENCE_S
+    deadline = time.monotonic() + LAST_END_PATIENCE_S
     while (left := list(_marked(mark))) and time.monotonic() < deadline:
         time.sleep(0.05)
     for process in left:
