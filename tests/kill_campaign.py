@@ -13,7 +13,7 @@ from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.rollout.journal import journal_path, read_journal
 from tests.integration.small_runs import prompts, read_lines, small_run, without_times, write_inputs
-from tests.killed_runs import START, Kill, Life, Scale, Victim, draw_kills, live, live_through, scale_of
+from tests.killed_runs import EXPORT_S, START, Kill, Life, Scale, Victim, draw_kills, live, live_through, scale_of
 from tests.server_faults import check_every_draw_ends_once
 from tests.sglang_servers import RunningServer
 
@@ -103,7 +103,14 @@ class ServedRuns:
 
     phases = (START, "rollout", "update", "weight_sync", "evaluation", "checkpoint", "export")
     # Seconds of a phase on two cores; a kill's moment is somewhere in them.
-    _SECONDS = {"rollout": 0.6, "update": 0.2, "weight_sync": 0.5, "evaluation": 0.3, "checkpoint": 0.1}
+    _SECONDS = {
+        "rollout": 0.6,
+        "update": 0.2,
+        "weight_sync": 0.5,
+        "evaluation": 0.3,
+        "checkpoint": 0.1,
+        "export": EXPORT_S,
+    }
 
     def __init__(self, root: Path, server: RunningServer | None, num_steps: int = 5, **rollout: Any) -> None:
         self.root, self.server, self.num_steps, self.rollout = write_inputs(root), server, num_steps, rollout

@@ -39,6 +39,8 @@ END_PATIENCE_S = 20.0
 # A controller whose rank 0 is gone has this long to end its servers in good order, and then ends itself.
 LAST_END_PATIENCE_S = 80.0
 LIFE_PATIENCE_S = 300.0
+# No line of the metrics has the time of an export, which comes after the last one.
+EXPORT_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,7 +328,7 @@ def scale_of(folder: Path, metrics: Sequence[dict[str, Any]]) -> Scale:
                 times.setdefault(key.removeprefix("time/").removesuffix("_s"), []).append(value)
     counts = json.loads(Path(f"{folder}.counts.json").read_text())
     seconds = {name: sum(values) / len(values) for name, values in times.items()}
-    return Scale(seconds=seconds | {START: 4.0}, **counts)
+    return Scale(seconds={"export": EXPORT_S} | seconds | {START: 4.0}, **counts)
 
 
 def draw_kills(seed: int, count: int, victims: Sequence[Victim], phases: Sequence[str]) -> list[Kill]:
