@@ -18,18 +18,21 @@ from transformers import AutoConfig
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.conversion.bridge_import import import_bridge
 from megatron_fipo.conversion.hf_folder import (
+    EMBEDDING_NAME,
+    OUTPUT_NAME,
     SINGLE_NAME,
     check_weights,
     model_config_for,
     read_model_config,
     read_weight_map,
 )
-from megatron_fipo.conversion.model_files import write_model_files
+from megatron_fipo.conversion.model_files import check_tied_output, write_model_files
 from megatron_fipo.conversion.stage_export import StageExport
+from megatron_fipo.parallel.agreement import on_main_rank
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.host_memory import require_resident
 
-_VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+_VOCABULARY_TENSORS = (EMBEDDING_NAME, OUTPUT_NAME)
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -112,11 +115,13 @@ class HfBridge:
         """Fill the model chunks from the folder; collective over all ranks.
 
         Raises:
-            ConfigError: The folder lacks a tensor that the model needs.
+            ConfigError: The folder lacks a tensor that the model needs, or has a tied output matrix that is not the
+                embedding.
         """
         translation = self._bridge._model_bridge
         tasks = translation.build_conversion_tasks(self._bridge.hf_pretrained, model)
         self._check_complete(tasks)
+        on_main_rank(lambda: check_tied_output(self.folder))
         source = _LazySource(self.folder, self.shapes, context)
         for task in tasks:
             if task.megatron_module is None:

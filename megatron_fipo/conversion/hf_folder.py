@@ -22,6 +22,9 @@ from megatron_fipo.runtime.files.whole_folder import WholeFolder
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# One matrix where embeddings are tied; some folders have it under both names then.
+EMBEDDING_NAME = "model.embed_tokens.weight"
+OUTPUT_NAME = "lm_head.weight"
 # Weights in forms that are not read, which may lie beside those that are.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _FINGERPRINT_BYTES = 4096
@@ -122,6 +125,17 @@ def read_stored(folder: Path) -> dict[str, StoredTensor]:
     """
     check_weights(folder)
     return {each.name: each for path in weight_files(folder) for each in stored_tensors(path)}
+
+
+def fault_of_tied_output(stored: Mapping[str, StoredTensor]) -> str:
+    """In what an output matrix differs from the embedding that it is tied to; "" where it does not, or is absent.
+
+    Args:
+        stored: The tensors of a folder, from `read_stored`.
+    """
+    if OUTPUT_NAME not in stored or EMBEDDING_NAME not in stored:
+        return ""
+    return fault_of(stored[OUTPUT_NAME].record(), stored[EMBEDDING_NAME].record())
 
 
 def fingerprint_folder(folder: Path) -> str:

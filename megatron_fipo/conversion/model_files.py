@@ -10,7 +10,14 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.conversion.hf_folder import CARRIED, read_model_config
+from megatron_fipo.conversion.hf_folder import (
+    CARRIED,
+    EMBEDDING_NAME,
+    OUTPUT_NAME,
+    fault_of_tied_output,
+    read_model_config,
+    read_stored,
+)
 
 # The folder of a checkpoint that holds them.
 MODEL_FOLDER = "model"
@@ -88,6 +95,27 @@ def read_architecture(folder: Path) -> PretrainedConfig:
             rule=f"describes no model that transformers knows ({content.get('model_type')!r}: {_first_line(error)})",
             way_out="choose a supported architecture, such as Qwen2, Qwen3, Qwen3-MoE or Llama",
         ) from error
+
+
+def check_tied_output(folder: Path) -> None:
+    """See that a tied output matrix which a folder has a second time is the embedding.
+
+    Where it is another one, transformers computes with it, while a tied model here has the embedding alone.
+
+    Args:
+        folder: Model folder with weights.
+
+    Raises:
+        ConfigError: It is another one; or see `read_architecture` and `check_weights`.
+    """
+    if read_architecture(folder).tie_word_embeddings and (fault := fault_of_tied_output(read_stored(folder))):
+        raise ConfigError(
+            field="model.path",
+            value=str(folder),
+            rule=f"has {OUTPUT_NAME} with {fault}, though config.json ties it to {EMBEDDING_NAME} "
+            "(tie_word_embeddings)",
+            way_out="set tie_word_embeddings to false if both are meant, or else remove that tensor",
+        )
 
 
 def write_json_file(path: Path, content: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_fipo.config.base import ConfigError
+from megatron_fipo.conversion.hf_folder import EMBEDDING_NAME, OUTPUT_NAME
 
 # What a layer is made of, by model_type: whether queries, keys and values have a bias, whether queries and keys are
 # normed, and whether it is a mixture of experts.
@@ -109,12 +110,12 @@ def tensor_map(config: PretrainedConfig, prefers_own_norm: bool = False) -> list
     """
     _check(config)
     vocabulary = (int(config.vocab_size), int(config.hidden_size))
-    links = [_plain("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocabulary, may_be_padded=True)]
+    links = [_plain("embedding.word_embeddings.weight", EMBEDDING_NAME, vocabulary, may_be_padded=True)]
     for layer in range(config.num_hidden_layers):
         links += _layer(config, layer, prefers_own_norm)
     links.append(_plain("decoder.final_layernorm.weight", "model.norm.weight", (config.hidden_size,)))
     if not config.tie_word_embeddings:
-        links.append(_plain("output_layer.weight", "lm_head.weight", vocabulary, may_be_padded=True))
+        links.append(_plain("output_layer.weight", OUTPUT_NAME, vocabulary, may_be_padded=True))
     return links
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_fipo.actor.model import unwrap
 from megatron_fipo.config.base import ConfigError
@@ -203,3 +204,29 @@ def test_a_folder_without_a_needed_tensor_is_refused(root, tmp_path):
         f"model.path = {folder}: lacks 1 tensors that the model needs, lm_head.weight first; "
         "fetch the model's weight files again, or check config.json (tie_word_embeddings?)"
     ]
+
+
+def with_output_matrix(source: Path, target: Path, factor: float) -> Path:
+    """A copy of a tied model, with the embedding times a factor for an output matrix."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_tied_output_matrix_must_be_the_embedding(root: Path, tmp_path: Path) -> None:
+    folder = with_output_matrix(root / "qwen2, tied", tmp_path / "other", 0.0)
+    message = (
+        f"model.path = {folder}: has lm_head.weight with other bytes, though config.json ties it to "
+        "model.embed_tokens.weight (tie_word_embeddings); set tie_word_embeddings to false if both are meant, or else "
+        "remove that tensor"
+    )
+    assert run_distributed(error_of_loading, 2, folder) == 2 * [message]
+
+
+def test_a_tied_output_matrix_may_be_there_twice(root: Path, tmp_path: Path) -> None:
+    folder = with_output_matrix(root / "qwen2, tied", tmp_path / "copy", 1.0)
+    for ranks in run_distributed(load_and_export, 1, tmp_path, {"twice": ("copy", {})}):
+        assert ranks["twice"]["different"] == []
+        assert sorted(ranks["twice"]["names"]) == sorted(folder_tensors(folder))

@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from megatron_fipo.actor.checkpoint import ActorCheckpoint
 from megatron_fipo.actor.model import unwrap
 from megatron_fipo.platform.checkpoint_reader import read_index
+from megatron_fipo.runtime.errors import RunError
 from megatron_fipo.trainer.checkpointing import ACTOR_FOLDER
 from megatron_fipo.trainer.convert import to_megatron as to_megatron_module
+from megatron_fipo.trainer.convert.command import convert
 from megatron_fipo.trainer.convert.options import ConvertOptions
 from megatron_fipo.trainer.convert.to_hf import to_hf
 from megatron_fipo.trainer.convert.to_megatron import to_megatron
+from megatron_fipo.trainer.convert.words import Conversion
 from tests.conversions import all_files, bridge_export, folder_bytes, tensor_bytes, write_checkpoint
 from tests.distributed_helpers import run_distributed
 from tests.tiny_actors import tiny_actor
@@ -176,3 +180,28 @@ def test_transformer_engines_names_are_read_and_written(root: Path) -> None:
     assert "decoder.layers.1.pre_mlp_layernorm.weight" in names
     assert not any("linear_fc1.layer_norm" in name for name in names)
     assert folder_bytes(root / "other names" / "hf") == folder_bytes(root / "qwen3_moe")
+
+
+def with_the_output_matrix_twice(root: Path) -> list[str]:
+    """A tied model whose folder has the embedding as its output matrix, too; then with another one there."""
+    here = root / "twice"
+    shutil.copytree(root / "qwen2, tied", here / "hf")
+    tensors = load_file(here / "hf" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, here / "hf" / "model.safetensors", metadata={"format": "pt"})
+    to_megatron(here / "hf", here / "checkpoint", OPTIONS)
+    verify = Conversion(direction="verify", source=here / "checkpoint", target=here / "hf", options=OPTIONS)
+    convert(verify)
+    tensors["lm_head.weight"][300, 63] += 1
+    save_file(tensors, here / "hf" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError) as caught:
+        convert(verify)
+    return [str(caught.value)]
+
+
+def test_a_tied_output_matrix_is_compared_with_the_embedding(root: Path) -> None:
+    (told,) = run_distributed(with_the_output_matrix_twice, 1, root)
+    assert told == [
+        f"{root}/twice/hf differs from {root}/twice/checkpoint: lm_head.weight has other bytes, though it is tied to "
+        "model.embed_tokens.weight"
+    ]

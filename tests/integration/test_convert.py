@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard as HubCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fipo.config.algorithm_card import effective_algorithm
@@ -395,6 +396,13 @@ def own_code(folder: Path) -> None:
     change(folder, auto_map={"AutoModelForCausalLM": "evil.Model"})
 
 
+def another_output_matrix(folder: Path) -> None:
+    """Of a model that is tied, so that it should have none."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.zeros_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, folder / "model.safetensors")
+
+
 def change(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -417,6 +425,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "own code": (
         own_code,
         "ConfigError: HF = {bad}: asks for code of its own to be run (auto_map in config.json)",
+    ),
+    "another output matrix": (
+        another_output_matrix,
+        "ConfigError: HF = {bad}: has lm_head.weight with other bytes, though config.json ties it to model.embed_tok",
     ),
 }
 

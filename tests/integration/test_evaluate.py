@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_fipo.cli import main
 from megatron_fipo.config.base import ConfigError
@@ -50,7 +51,10 @@ FILES = ("responses.jsonl", "problems.jsonl", "evaluation.json")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_inputs(tmp_path_factory.mktemp("evaluate"))
-    write_tiny_model(root / "other_model", seed=1)
+    tied = load_file(write_tiny_model(root / "other_model", seed=1) / "model.safetensors")
+    shutil.copytree(root / "other_model", root / "with_output_matrix")
+    tied["lm_head.weight"] = torch.zeros_like(tied["model.embed_tokens.weight"])
+    save_file(tied, root / "with_output_matrix" / "model.safetensors")
     (root / "empty.jsonl").write_text("")
     (root / "unanswered.jsonl").write_text('{"prompt": "1+1=", "answer": null}\n')
     return root
@@ -248,6 +252,7 @@ def refusals(root: Path, whole: Path) -> dict[str, str]:
     changes: dict[str, dict[str, Any]] = {
         "samples": {"evaluation": EvaluationConfig(samples_per_problem=8, pass_at=(2,), temperature=0.9, top_p=0.8)},
         "model": {"model": ModelConfig(path=root / "other_model", dtype="float32")},
+        "output matrix": {"model": ModelConfig(path=root / "with_output_matrix", dtype="float32")},
         "prompts": {"data": held_out(root, "train")},
         "taken": {"output_dir": taken},
         "empty": {"output_dir": root / "new", "data": held_out(root, "empty")},
@@ -268,6 +273,7 @@ REFUSED = {
     "samples": "evaluation.samples_per_problem = 8: was 4 in the evaluation that {root}/whole holds, and results of "
     "both would mix; set it back to go on with that one, or choose another output_dir",
     "model": "model.path = content ",
+    "output matrix": "model.path = {root}/with_output_matrix: has lm_head.weight with other bytes, though config.json",
     "prompts": "data.evaluation = content ",
     "taken": "output_dir = {root}/taken: must be a new or empty directory, and it is not",
     "empty": "data.evaluation.path = {root}/empty.jsonl: gives no usable prompt (it is empty)",

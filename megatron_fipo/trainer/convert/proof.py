@@ -9,7 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.conversion.hf_folder import read_model_config, read_stored
+from megatron_fipo.conversion.hf_folder import (
+    EMBEDDING_NAME,
+    OUTPUT_NAME,
+    fault_of_tied_output,
+    read_model_config,
+    read_stored,
+)
 from megatron_fipo.conversion.safetensors_file import StoredTensor, TensorRecord, fault_of, record_of
 from megatron_fipo.parallel.agreement import on_every_rank
 from megatron_fipo.parallel.collectives import gather_json
@@ -102,15 +108,19 @@ def _differing(
     A checkpoint that was made with fewer bits than its source has each tensor rounded.
     """
     names = {tensor.name for link in weights.links for tensor in link.hf}
-    # Some folders have a tied output matrix a second time, which transformers does not read.
-    stored = {name: each for name, each in stored.items() if name in names or name != "lm_head.weight"}
+    # Some folders have a tied output matrix a second time, and transformers computes with it if it differs.
+    has_tied = OUTPUT_NAME in stored and OUTPUT_NAME not in names
     problems = [f"{name} is missing" for name in sorted(names - stored.keys())]
-    problems += [f"{name} is no tensor of the model" for name in sorted(stored.keys() - names)]
+    problems += [f"{name} is no tensor of the model" for name in sorted(stored.keys() - names - {OUTPUT_NAME})]
     if problems:
         return problems, 0
 
     def share() -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
+        if has_tied and dist.get_rank() == 0:
+            with told(stored[OUTPUT_NAME].path, "cannot be read"):
+                fault = fault_of_tied_output(stored)
+            found += [(OUTPUT_NAME, f"{fault}, though it is tied to {EMBEDDING_NAME}")] if fault else []
         sizes = [sum(stored[tensor.name].num_bytes for tensor in link.hf) for link in weights.links]
         for number in my_share(sizes):
             link = weights.links[number]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_fipo.actor.checkpoint_stream import TensorPlace, tensor_file_name, write_tensor_file, write_tensor_index
 from megatron_fipo.config.base import ConfigError, require
-from megatron_fipo.conversion.hf_folder import model_config_for, read_model_config, read_stored
-from megatron_fipo.conversion.model_files import MODEL_FOLDER, read_architecture, write_model_files
+from megatron_fipo.conversion.hf_folder import OUTPUT_NAME, model_config_for, read_model_config, read_stored
+from megatron_fipo.conversion.model_files import MODEL_FOLDER, check_tied_output, read_architecture, write_model_files
 from megatron_fipo.conversion.safetensors_file import StoredTensor
 from megatron_fipo.conversion.tensor_map import Link, tensor_map
 from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
@@ -46,6 +46,7 @@ def to_megatron(source: Path, target: Path, options: ConvertOptions) -> None:
         ConversionError: The checkpoint cannot be written, or differs from the source. There is none then.
     """
     model = on_every_rank(lambda: _HfWeights(source, options))
+    on_main_rank(lambda: _check_tied(source))
     folder = WholeFolder(target, "OUT")
     on_main_rank(lambda: _begin(folder, sum(model.sizes)))
     try:
@@ -95,7 +96,7 @@ class _HfWeights:
                     rule=f"{has} {name}, which config.json asks for with shape {list(tensor.shape)}",
                     way_out="fetch the model's files again, or check config.json",
                 )
-        more = sorted(stored.keys() - wanted.keys() - {"lm_head.weight"})
+        more = sorted(stored.keys() - wanted.keys() - {OUTPUT_NAME})
         require(
             not more,
             field="HF",
@@ -118,6 +119,11 @@ class _HfWeights:
             way_out="choose one with --dtype",
         )
         return found.pop()
+
+
+def _check_tied(folder: Path) -> None:
+    with told(folder, "cannot be read"):
+        check_tied_output(folder)
 
 
 def _begin(folder: WholeFolder, num_bytes: int) -> None:

@@ -13,6 +13,7 @@ from megatron_fipo.conversion.hf_folder import (
     model_config_for,
     read_model_config,
 )
+from megatron_fipo.conversion.model_files import check_tied_output
 from megatron_fipo.data.evaluation import load_sources
 from megatron_fipo.data.tokenizer import load_tokenizer
 from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
@@ -62,6 +63,7 @@ def prepare_problems(config: EvaluateConfig) -> Problems:
     folder = config.model.path
     model = read_model_config(folder)
     check_weights(folder)
+    check_tied_output(folder)
     positions = config.model.context_length or int(model["max_position_embeddings"])
     check_positions(config.data.max_prompt_tokens, config.rollout, positions)
     tokenizer = load_tokenizer(folder, int(model["vocab_size"]))
