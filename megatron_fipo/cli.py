@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
+    from megatron_fipo.config.base import require
     from megatron_fipo.launch.slurm import rank_variables
 
     os.environ.update(rank_variables(os.environ))
@@ -100,6 +101,13 @@ def _train(words: Sequence[str]) -> int:
         from megatron_fipo.trainer.replay_command import replay_dump
 
         return replay_dump(words[1:])
+    require(
+        not any(word.partition("=")[0] == "--replay" for word in words),
+        field="command line",
+        value=" ".join(words),
+        rule="--replay must come first, in the place of a configuration",
+        way_out="write `megatron-fipo train --replay RUN/dumps/step_N`; the configuration is the dump's",
+    )
     if (config := _read_run_config("train", words)) is None:
         return DONE if _asks_for_help(words) else BAD_INPUT
     config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_fipo.cli import main
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.config.safeguards import SafeguardsConfig
 from megatron_fipo.display import watch  # noqa: F401  (forked ranks find it imported)
 from megatron_fipo.platform.checkpoint_reader import read_index
 from megatron_fipo.runtime import checkpoint_store
+from megatron_fipo.runtime.exit_codes import BAD_INPUT
 from megatron_fipo.runtime.files.hashed_file import hash_file
 from megatron_fipo.runtime.files.json_files import write_json
 from megatron_fipo.trainer import replay_command  # noqa: F401
@@ -190,6 +192,15 @@ def test_what_is_no_dump_is_refused(root: Path, dump: Path, tmp_path: Path) -> N
         code, out, err = call_in_child(folder, "train", "--replay", *words)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert message in err
+
+
+@pytest.mark.parametrize("words", [["run.yaml", "--replay", "D"], ["run.yaml", "--replay=D"], ["--replay=D"]])
+def test_a_dump_that_is_not_named_first_is_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *words]) == BAD_INPUT
+    assert capsys.readouterr().err == (
+        f"megatron-fipo: command line = {' '.join(words)}: --replay must come first, in the place of a configuration; "
+        "write `megatron-fipo train --replay RUN/dumps/step_N`; the configuration is the dump's\n"
+    )
 
 
 def test_responses_that_the_limit_cuts_off_end_a_run_that_generates(root: Path) -> None:
