@@ -128,7 +128,8 @@ class RunDirectory:
         """
         for path in (self.metrics_file, self.samples_file):
             try:
-                steps = [line.get("step") for line in _lines(path)]
+                # Samples are added several at once, so a crash may leave more than one line of them broken.
+                strange = _foreign_line(path, is_broken_at_end_alone=path == self.metrics_file)
             except OSError as error:
                 raise ConfigError(
                     field="output_dir",
@@ -136,12 +137,11 @@ class RunDirectory:
                     rule=f"{path.name} cannot be read ({error.strerror})",
                     way_out="mend that, or choose another directory",
                 ) from error
-            strange = [number for number, step in enumerate(steps, start=1) if type(step) is not int]
             require(
-                not strange,
+                strange is None,
                 field="output_dir",
                 value=self.path,
-                rule=f"line {strange and strange[0]} of {path.name} is of no step, so the run did not write it",
+                rule=f"line {strange} of {path.name} is of no step, so the run did not write it",
                 way_out="remove that line",
             )
 
@@ -338,6 +338,20 @@ def _holds_files(path: Path) -> bool:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return read_whole_lines(path)[0] if path.exists() else []
+
+
+def _foreign_line(path: Path, is_broken_at_end_alone: bool) -> int | None:
+    """Number of the first line that no run wrote; one that is not whole is one where it may be the last alone."""
+    if not path.exists():
+        return None
+    objects, ends = read_whole_lines(path)
+    for number, line in enumerate(objects, start=1):
+        if type(line.get("step")) is not int:
+            return number
+    with path.open("rb") as file:
+        file.seek(ends[-1] if ends else 0)
+        _, _, later = file.read().partition(b"\n")
+    return len(objects) + 1 if is_broken_at_end_alone and later.strip() else None
 
 
 def _keep_steps(path: Path, last: int) -> None:

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,24 @@ def test_a_line_that_the_run_did_not_write_is_refused_and_nothing_cut(tmp_path: 
     ):
         directory.check_lines()
     assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("end", "is_refused"),
+    [
+        ('{"st', False),
+        ("no JSON\n", False),
+        ('no JSON\n{"step": 1}\n', True),
+        ('\n{"step": 1}\n', True),
+        ("\n\n", False),
+    ],
+)
+def test_a_broken_line_is_a_killed_runs_at_the_end_alone(tmp_path: Path, end: str, is_refused: bool) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    for path in (directory.samples_file, directory.metrics_file):
+        path.write_text('{"step": 0}\n' + end)
+    with pytest.raises(ConfigError, match="line 2 of metrics.jsonl") if is_refused else nullcontext():
+        directory.check_lines()
 
 
 def test_metrics_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
