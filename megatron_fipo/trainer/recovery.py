@@ -187,10 +187,12 @@ def _read_progress(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.path / PROGRESS_FILE
     try:
         progress = json.loads(path.read_bytes())
-        assert progress["finished_steps"] == checkpoint.manifest.step
-        assert isinstance(progress["policy_version"], int) and isinstance(progress["safeguards"], dict)
+        if progress["finished_steps"] != checkpoint.manifest.step:
+            raise ValueError(f"it is of step {progress['finished_steps']}")
+        if not isinstance(progress["policy_version"], int) or not isinstance(progress["safeguards"], dict):
+            raise TypeError("policy_version or safeguards is something else")
         if progress["unreported"] is not None:
             StepReport(**progress["unreported"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: is not of a run's checkpoint ({type(error).__name__}: {error})") from error
     return dict(progress)
