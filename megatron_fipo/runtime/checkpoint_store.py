@@ -196,7 +196,7 @@ class CheckpointStore:
         """Steps that have a folder, ascending; whether they are valid is not looked at.
 
         Raises:
-            OSError: The folder cannot be listed.
+            OSError: The folder cannot be listed, is something else, or a link that leads nowhere.
         """
         return sorted(int(found[1]) for name in self._names() if (found := _NAME.fullmatch(name)))
 
@@ -252,12 +252,10 @@ class CheckpointStore:
         try:
             return os.listdir(self.folder)
         except FileNotFoundError:
+            # It may lead to a disk that is not there.
             if self.folder.is_symlink():
-                # To a disk that is not there, perhaps.
-                raise CheckpointError(f"{self.folder}: is a link that leads nowhere") from None
+                raise
             return []
-        except NotADirectoryError as error:
-            raise CheckpointError(f"{self.folder}: is no folder") from error
 
     def _rank(self, manifest: Manifest) -> float | None:
         """The score, where it is of the metric that ranks; one that does not tell its metric is taken for that."""

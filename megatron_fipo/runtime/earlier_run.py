@@ -15,6 +15,7 @@ from megatron_fipo.config.run_changes import (
 )
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.files.disk_errors import read_errors_told
 from megatron_fipo.runtime.run_dir import RunDirectory
 
 
@@ -65,7 +66,8 @@ def has_other_samples(config: RunConfig, config_file: Path) -> bool:
 def _check_that_it_goes_on(every_steps: int, directory: RunDirectory) -> None:
     """Refuse to begin a run anew that is not meant to."""
     try:
-        steps = CheckpointStore(directory.checkpoints).steps()
+        with read_errors_told(directory.checkpoints):
+            steps = CheckpointStore(directory.checkpoints).steps()
     except CheckpointError as problem:
         raise ConfigError(
             field="output_dir",

@@ -421,7 +421,7 @@ def test_what_is_skipped_or_warned_of_is_told_and_counted(root: Path, seen: dict
 
 def test_a_fault_that_cannot_be_kept_is_still_a_fault(root: Path, seen: dict[str, list[Seen]]) -> None:
     first, second = seen["undumpable"][0].ended.log
-    assert re.fullmatch(r"no dump of step 1: \S+/dumps\S*: cannot be made \(.*\); mend its permissions, .*", first)
+    assert re.fullmatch(r"no dump of step 1: \S+/dumps\S*: cannot be read \(.*\); mend its permissions, .*", first)
     assert second.endswith("the update was not applied")
 
 
