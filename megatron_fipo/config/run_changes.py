@@ -91,6 +91,11 @@ def changes_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[C
     ]
 
 
+def touch_samples(changes: Iterable[Change]) -> bool:
+    """Whether other samples would be generated after these differences, as far as the rules tell."""
+    return any(change.rule == "ask" for change in changes)
+
+
 def check_changes(changes: Sequence[Change], accepted: Sequence[str], known: Iterable[str]) -> None:
     """Refuse differences that a resumed run may not have.
 

@@ -12,6 +12,7 @@ from megatron_fipo.config.run_changes import (
     check_changes,
     field_names,
     require_same_sources,
+    touch_samples,
 )
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.errors import CheckpointError
@@ -60,7 +61,7 @@ def has_other_samples(config: RunConfig, config_file: Path) -> bool:
         earlier = plain_values(load_config(RunConfig, config_file))
     except ConfigError:
         return True
-    return any(change.rule == "ask" for change in changes_between(earlier, plain_values(config)))
+    return touch_samples(changes_between(earlier, plain_values(config)))
 
 
 def _check_that_it_goes_on(every_steps: int, directory: RunDirectory) -> None:

@@ -17,6 +17,7 @@ from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
 from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.config.load import dump_config, plain_values
 from megatron_fipo.config.run import RunConfig
+from megatron_fipo.config.run_changes import touch_samples
 from megatron_fipo.conversion.bridge import HfBridge
 from megatron_fipo.metrics.writer import MetricsWriter, check_sinks, open_sinks
 from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
@@ -136,7 +137,7 @@ def _take_directory(config: RunConfig, resources: ExitStack, beginnings: ExitSta
     changes = check_against_earlier(config, directory)
     for change in changes:
         logger.warning("not as in the run's configuration: %s", change)
-    return directory, any(change.rule == "ask" for change in changes)
+    return directory, touch_samples(changes)
 
 
 def _build_checkpointer(config: RunConfig, context: ParallelContext, actor: Actor) -> Checkpointer:
