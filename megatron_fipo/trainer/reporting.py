@@ -78,12 +78,14 @@ def report_step(run: Run, measured: Mapping[str, float]) -> None:
         run: This rank's view.
         measured: Metrics of the evaluation and of the weight sync after it; read on rank 0 alone.
     """
-    times, memory = run.timer.drain(), _memory()
-    report, run.unreported = run.unreported, None
+    memory, report = _memory(), run.unreported
     assert report is not None, "a step was finished"
-    metrics = {**report.metrics, **measured, **times}
+    report.metrics |= run.timer.drain()
+    metrics = {**report.metrics, **measured}
     metrics |= throughput(report.num_tokens, metrics, metrics) | memory
     on_main_rank(lambda: _write(run, metrics))
+    # Where it could not be written, a checkpoint says so, and the next start writes it.
+    run.unreported = None
     if run.is_main:
         _log_step(run, metrics)
         _log_evaluation(run, report.step, measured)
