@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_fipo.actor.micro_batch import MicroBatch
 from megatron_fipo.actor.shard import packing_rules, shard_micro_batches
 from megatron_fipo.actor.train_step import UpdateResult
+from megatron_fipo.config.base import ConfigError
 from megatron_fipo.data.stream import EndOfPrompts
 from megatron_fipo.parallel.agreement import on_main_rank, stop_comes_first
 from megatron_fipo.parallel.collectives import gather_json
@@ -35,6 +36,7 @@ def train(run: Run) -> None:
     Raises:
         RunError: There is nothing to learn from, a response could not be scored, a recording is damaged, a loss or
             gradient was not finite, or the export differs from the actor; raised on every rank.
+        ConfigError: A recording does not suit the configuration; raised on every rank.
         StopRequested: The run was asked to end, and has saved what is new; raised on every rank.
     """
     with run.resources, _ending_on_request(run):
@@ -78,7 +80,7 @@ def _ending_on_request(run: Run) -> Iterator[None]:
     except StopRequested:
         end_on_request(run)
         raise
-    except RunError:
+    except (ConfigError, RunError):
         # Raised on every rank. A checkpoint that has begun is of a step whose updates were good.
         with suppress(RunError):
             complete_checkpoint(run)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
 from megatron_fipo.runtime.errors import RunError
@@ -217,6 +218,60 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on_once_there_is_roo
     )
     assert first[1].error == ()
     assert [line["step"] for line in lines(full)] == list(range(STEPS + 1))
+
+
+def refuse_metrics(run: Any) -> None:
+    """The disk of metrics.jsonl does not take the second step's line; that of the checkpoints takes everything."""
+    if run.metrics_writer is None:
+        return
+    write = run.metrics_writer.write
+
+    def refuse(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 2:
+            raise RunError("metrics.jsonl: cannot be written")
+        write(metrics)
+
+    run.metrics_writer.write = refuse
+
+
+def train_without_room_for_metrics(torn: RunConfig) -> tuple[Ended, list[int], Ended]:
+    quiet_upstream()
+    refused = run_to_its_end(torn, refuse_metrics)
+    return refused, CheckpointStore(torn.output_dir / "checkpoints").steps(), run_to_its_end(torn)
+
+
+def test_a_step_whose_metrics_could_not_be_written_is_told_by_the_next_start(root: Path) -> None:
+    values: dict[str, Any] = {"checkpoint": {"every_steps": 2, "export_at_end": False}}
+    torn, whole = (config(root, name, 3, **values) for name in ("torn", "not_torn"))
+    (refused, steps, went_on), _ = run_distributed(train_without_room_for_metrics, 2, torn)
+    assert refused.error == ("RunError", "metrics.jsonl: cannot be written") and steps == [2]
+    assert went_on.error == ()
+    ends_of([whole])
+    assert lines(torn) == lines(whole)
+
+
+def meet_an_unfit_recording(run: Any) -> None:
+    """In the third step."""
+    watch = run.safeguards.watch_rollout
+
+    def refuse(step: int, *rest: Any) -> None:
+        if step == 3:
+            raise ConfigError("rollout.temperature", 1.0, "must be what the recording has", "set it")
+        watch(step, *rest)
+
+    run.safeguards.watch_rollout = refuse
+
+
+def train_on_an_unfit_recording(unfit: RunConfig) -> tuple[Ended, list[int]]:
+    quiet_upstream()
+    ended = run_to_its_end(unfit, meet_an_unfit_recording)
+    return ended, CheckpointStore(unfit.output_dir / "checkpoints").steps()
+
+
+def test_a_late_bad_input_takes_no_checkpoint_away(root: Path) -> None:
+    unfit = config(root, "unfit", checkpoint={"every_steps": 2, "export_at_end": False})
+    for ended, steps in run_distributed(train_on_an_unfit_recording, 2, unfit):
+        assert ended.error[0] == "ConfigError" and steps == [2]
 
 
 def ask_to_end(run: Any) -> None:
