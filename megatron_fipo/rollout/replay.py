@@ -65,3 +65,6 @@ class JournalReplay:
         for name, value in wanted.items():
             if found[name] != value:
                 raise JournalError(f"{path}: its {name} is {found[name]} where {value} is wanted")
+        # Where there is a checkpoint, other prompts have been refused already.
+        if entry.stream_state.get("fingerprint") != self.state.stream_state.get("fingerprint"):
+            raise JournalError(f"{path}: its prompts are of other data, or in another order")

@@ -1,8 +1,9 @@
 """A controller that goes on where another one stood, in simulated time."""
 
 import asyncio
+import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron_fipo.rollout.controller_state import (
     read_controller_state,
     write_controller_state,
 )
-from megatron_fipo.rollout.journal import JournalEntry, journal_path, read_journal
+from megatron_fipo.rollout.journal import JournalEntry, journal_path, read_journal, write_journal
 from megatron_fipo.rollout.ledger import OpenPrompt, Settled
 from megatron_fipo.runtime.errors import CheckpointError
 from megatron_fipo.types import RolloutGroup
@@ -181,12 +182,24 @@ def test_a_state_keeps_finished_groups_and_the_beginnings_of_others(tmp_path: Pa
     assert {place: tokens[0] for place, tokens in sent.items()} == {place: begun[place] for place in sent}
 
 
-def test_an_unfit_batch_of_the_journal_is_told_and_made_anew(tmp_path: Path, caplog: Any) -> None:
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def draw_from_other_prompts(path: Path) -> None:
+    entry = read_journal(path)
+    others = {**entry.stream_state, "fingerprint": {"data.train": ["math: other"]}}
+    write_journal(dataclasses.replace(entry, stream_state=others), path)
+
+
+@pytest.mark.parametrize("spoil", [damage, draw_from_other_prompts])
+def test_an_unfit_batch_of_the_journal_is_told_and_made_anew(
+    spoil: Callable[[Path], None], tmp_path: Path, caplog: Any
+) -> None:
     async def work() -> tuple[Life, Life]:
         first = Life(tmp_path)
         await first.run_to(4, tmp_path)
-        damaged = journal_path(tmp_path, 3)
-        damaged.write_bytes(damaged.read_bytes()[:-200])
+        spoil(journal_path(tmp_path, 3))
         write_controller_state(first.states[1], tmp_path / "state.npz")
         second = Life(tmp_path, 1, tmp_path / "state.npz")
         assert journal_path(tmp_path, 4).exists()
