@@ -26,9 +26,8 @@ from megatron_fipo.conversion.hf_folder import (
     read_model_config,
     read_weight_map,
 )
-from megatron_fipo.conversion.model_files import check_tied_output, write_model_files
+from megatron_fipo.conversion.model_files import write_model_files
 from megatron_fipo.conversion.stage_export import StageExport
-from megatron_fipo.parallel.agreement import on_main_rank
 from megatron_fipo.parallel.context import ParallelContext
 from megatron_fipo.platform.host_memory import require_resident
 
@@ -115,13 +114,11 @@ class HfBridge:
         """Fill the model chunks from the folder; collective over all ranks.
 
         Raises:
-            ConfigError: The folder lacks a tensor that the model needs, or has a tied output matrix that is not the
-                embedding.
+            ConfigError: The folder lacks a tensor that the model needs.
         """
         translation = self._bridge._model_bridge
         tasks = translation.build_conversion_tasks(self._bridge.hf_pretrained, model)
         self._check_complete(tasks)
-        on_main_rank(lambda: check_tied_output(self.folder))
         source = _LazySource(self.folder, self.shapes, context)
         for task in tasks:
             if task.megatron_module is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_fipo.config.base import ConfigError
+from megatron_fipo.config.base import ConfigError, require
 from megatron_fipo.conversion.hf_folder import (
     CARRIED,
     EMBEDDING_NAME,
@@ -106,16 +106,26 @@ def check_tied_output(folder: Path) -> None:
         folder: Model folder with weights.
 
     Raises:
-        ConfigError: It is another one; or see `read_architecture` and `check_weights`.
+        ConfigError: It is another one, or cannot be read; or see `read_architecture` and `check_weights`.
     """
-    if read_architecture(folder).tie_word_embeddings and (fault := fault_of_tied_output(read_stored(folder))):
+    if not read_architecture(folder).tie_word_embeddings:
+        return
+    try:
+        fault = fault_of_tied_output(read_stored(folder))
+    except OSError as error:
         raise ConfigError(
             field="model.path",
             value=str(folder),
-            rule=f"has {OUTPUT_NAME} with {fault}, though config.json ties it to {EMBEDDING_NAME} "
-            "(tie_word_embeddings)",
-            way_out="set tie_word_embeddings to false if both are meant, or else remove that tensor",
-        )
+            rule=f"has weights that cannot be read ({error.filename or folder}: {error.strerror})",
+            way_out="mend that, or fetch the model's files again",
+        ) from error
+    require(
+        not fault,
+        field="model.path",
+        value=str(folder),
+        rule=f"has {OUTPUT_NAME} with {fault}, though config.json ties it to {EMBEDDING_NAME} (tie_word_embeddings)",
+        way_out="set tie_word_embeddings to false if both are meant, or else remove that tensor",
+    )
 
 
 def write_json_file(path: Path, content: Mapping[str, Any]) -> None:

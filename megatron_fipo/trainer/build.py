@@ -19,6 +19,7 @@ from megatron_fipo.config.load import dump_config, plain_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.run_changes import touch_samples
 from megatron_fipo.conversion.bridge import HfBridge
+from megatron_fipo.conversion.model_files import check_tied_output
 from megatron_fipo.metrics.writer import MetricsWriter, check_sinks, open_sinks
 from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import gather_json
@@ -82,6 +83,7 @@ def _build(
     on_main_rank(lambda: check_best_metric(config.checkpoint))
     # Every node has its own view of the model folder.
     bridge = on_every_rank(lambda: HfBridge(config.model.path, config.model.context_length, config.model.rope_base))
+    on_main_rank(lambda: check_tied_output(config.model.path))
     generates = config.mode != "train_only"
     start_rollouts = prepare_rollouts(config, bridge, progress, stop, resources) if generates else None
     recorded = on_main_rank(lambda: _find_recorded(config, bridge)) if not generates else None

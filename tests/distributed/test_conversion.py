@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_fipo.actor.model import unwrap
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.conversion import bridge as conversion
+from megatron_fipo.conversion.model_files import check_tied_output
 from tests.distributed_helpers import run_distributed
 from tests.tiny_actors import bits, folder_tensors, tiny_actor
 from tests.tiny_models import VOCAB_SIZE, write_tiny_model
@@ -222,7 +223,13 @@ def test_a_tied_output_matrix_must_be_the_embedding(root: Path, tmp_path: Path) 
         "model.embed_tokens.weight (tie_word_embeddings); set tie_word_embeddings to false if both are meant, or else "
         "remove that tensor"
     )
-    assert run_distributed(error_of_loading, 2, folder) == 2 * [message]
+    with pytest.raises(ConfigError) as caught:
+        check_tied_output(folder)
+    assert str(caught.value) == message
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/proc/self/mem")
+    with pytest.raises(ConfigError, match=r"cannot be read \(.*: Input/output error\); mend that, or fetch"):
+        check_tied_output(folder)
 
 
 def test_a_tied_output_matrix_may_be_there_twice(root: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fipo.config.algorithm_card import effective_algorithm
@@ -240,6 +241,15 @@ def broken_model(root: Path) -> Path:
     return folder
 
 
+def tied_to_another(root: Path) -> Path:
+    """A tied model that has an output matrix all the same, which is not the embedding."""
+    folder = write_tiny_model(root / "tied_to_another")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture(scope="module")
 def early_ends(root: Path, parallel_runs: dict[str, RunConfig]) -> dict[str, Any]:
     """How each configuration ended, the same on both ranks; and the poisoned sequence."""
@@ -282,6 +292,7 @@ def early_ends(root: Path, parallel_runs: dict[str, RunConfig]) -> dict[str, Any
             checkpoint=replace(parallel_runs["first"].checkpoint, resume=False),
         ),
         small_run(root, "no_model", model={"path": root / "absent"}),
+        small_run(root, "output_matrix", model={"path": tied_to_another(root)}),
     ]
     ranks = run_distributed(end_early, 2, configs)
     assert [ended.error for ended in ranks[0]] == [ended.error for ended in ranks[1]], "every rank says the same"
@@ -398,6 +409,10 @@ def test_a_model_that_is_not_finite_cannot_generate(root: Path, early_ends: dict
         (
             "no_model",
             ("ConfigError", "model.path = {root}/absent: must be a Hugging Face model folder, and there is no such"),
+        ),
+        (
+            "output_matrix",
+            ("ConfigError", "model.path = {root}/tied_to_another: has lm_head.weight with other bytes, though config"),
         ),
     ],
 )

@@ -46,7 +46,7 @@ def to_megatron(source: Path, target: Path, options: ConvertOptions) -> None:
         ConversionError: The checkpoint cannot be written, or differs from the source. There is none then.
     """
     model = on_every_rank(lambda: _HfWeights(source, options))
-    on_main_rank(lambda: _check_tied(source))
+    on_main_rank(lambda: check_tied_output(source))
     folder = WholeFolder(target, "OUT")
     on_main_rank(lambda: _begin(folder, sum(model.sizes)))
     try:
@@ -119,11 +119,6 @@ class _HfWeights:
             way_out="choose one with --dtype",
         )
         return found.pop()
-
-
-def _check_tied(folder: Path) -> None:
-    with told(folder, "cannot be read"):
-        check_tied_output(folder)
 
 
 def _begin(folder: WholeFolder, num_bytes: int) -> None:
