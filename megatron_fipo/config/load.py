@@ -28,6 +28,9 @@ from megatron_fipo.config.annotations import (
 )
 from megatron_fipo.config.base import ABSENT, ConfigError
 
+CONFIG_FILE = "config.yaml"
+"""Name of the resolved configuration, in every folder that is made with one."""
+
 Keys = tuple[str, ...]
 """Where a value lies: the keys from the root to it."""
 

@@ -28,7 +28,7 @@ from megatron_fipo.runtime.retention import Retention
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
 _NAME = re.compile(r"step_(0|[1-9][0-9]*)")
@@ -47,16 +47,16 @@ class Manifest:
         layout: Sizes of the process grid that wrote it.
         versions: Releases that wrote it, by package.
         score: What `Retention.keep_best` ranks it by, where there is one.
+        metric: What the score is of, where there is one.
         files: Every other file, by its path in the folder.
-        metric: What the score is of; None where there is none, and in format version 1, which did not tell.
     """
 
     step: int
     layout: Mapping[str, int]
     versions: Mapping[str, str]
     score: float | None
+    metric: str | None
     files: Mapping[str, FileRecord]
-    metric: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +238,8 @@ class CheckpointStore:
                 self.warn_of(step, problem)
         if steps:
             raise CheckpointError(
-                f"{self.folder}: none of its {len(steps)} checkpoints is whole; bring back a copy, or remove it to "
-                "begin the run anew"
+                f"{self.folder}: none of its {len(steps)} checkpoints is whole; bring back a copy, or begin "
+                "anew in another output_dir"
             )
         return None
 
@@ -258,8 +258,8 @@ class CheckpointStore:
             return []
 
     def _rank(self, manifest: Manifest) -> float | None:
-        """The score, where it is of the metric that ranks; one that does not tell its metric is taken for that."""
-        return manifest.score if manifest.metric in (None, self.retention.best_metric) else None
+        """The score, where it is of the metric that ranks."""
+        return manifest.score if manifest.metric == self.retention.best_metric else None
 
     def _prune(self, newest: Checkpoint) -> None:
         """Remove what need not stay; damaged checkpoints are left to a person."""

@@ -12,7 +12,7 @@ class Retention:
         keep_last: The newest so many, at least 1.
         keep_every: All whose step is a multiple; 0 keeps none for that.
         keep_best: The so many with the best score; those without a score are none of them.
-        best_metric: What a score is of; those of another metric count as none.
+        best_metric: What a score is of.
         highest_is_best: Whether a greater score is the better one.
     """
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.base import ConfigError, require
+from megatron_fipo.config.load import CONFIG_FILE
 from megatron_fipo.runtime.errors import RunError
-from megatron_fipo.runtime.files.disk_errors import disk_errors_told, disk_way_out
-from megatron_fipo.runtime.files.json_files import append_lines, keep_lines, read_whole_lines
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told, disk_way_out, read_errors_told
+from megatron_fipo.runtime.files.json_files import append_lines, keep_lines, parse_line, read_whole_lines
 from megatron_fipo.runtime.files.whole_file import whole_file
 from megatron_fipo.runtime.run_lock import LOCK_FILE
 
@@ -24,9 +25,14 @@ BREAKDOWN_FILE = "last_breakdown"
 
 # What is there although no run has begun, where one ended while it was starting.
 _BEFORE_RUN = frozenset({LOCK_FILE, BREAKDOWN_FILE, "logs"})
-_BEFORE_RUN_PREFIXES = (f"{LOCK_FILE}.", f".{LOCK_FILE}.", f".{BREAKDOWN_FILE}.", ".config.yaml.")
+_BEFORE_RUN_PREFIXES = (f"{LOCK_FILE}.", f".{BREAKDOWN_FILE}.", f".{CONFIG_FILE}.")
 _OF_STEP = re.compile(r"(?:rollout|step)_([0-9]+)(?:\..*)?")
 _UNWRITTEN = "cannot be written"
+
+
+def comes_before_run(name: str) -> bool:
+    """Whether a file of this name may be in a directory in which nothing has begun."""
+    return name in _BEFORE_RUN or name.startswith(_BEFORE_RUN_PREFIXES)
 
 
 class RunDirectory:
@@ -98,7 +104,7 @@ class RunDirectory:
         """
         directory = cls(path)
         if directory.has_run:
-            directory.write("config.yaml", config_yaml)
+            directory.write(CONFIG_FILE, config_yaml)
             return directory
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -124,19 +130,13 @@ class RunDirectory:
         """Refuse metrics and samples that the run did not write; nothing is touched.
 
         Raises:
-            ConfigError: A line is of no step, or a file cannot be read.
+            ConfigError: A line is of no step.
+            BreakdownError: A file cannot be read.
+            RunError: Something else is in its place.
         """
         for path in (self.metrics_file, self.samples_file):
-            try:
-                # Samples are added several at once, so a crash may leave more than one line of them broken.
-                strange = _foreign_line(path, is_broken_at_end_alone=path == self.metrics_file)
-            except OSError as error:
-                raise ConfigError(
-                    field="output_dir",
-                    value=self.path,
-                    rule=f"{path.name} cannot be read ({error.strerror})",
-                    way_out="mend that, or choose another directory",
-                ) from error
+            with read_errors_told(path, RunError):
+                strange = _foreign_line(path, may_tear_several=path == self.samples_file)
             require(
                 strange is None,
                 field="output_dir",
@@ -249,7 +249,7 @@ class RunDirectory:
     @property
     def config_file(self) -> Path:
         """The resolved configuration; there as soon as a run has begun."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG_FILE
 
     @property
     def metrics_file(self) -> Path:
@@ -332,16 +332,22 @@ class RunDirectory:
 
 def _holds_files(path: Path) -> bool:
     """Whether a directory holds anything but what is left of a run that ended before it began."""
-    names = [each.name for each in path.iterdir()]
-    return any(name not in _BEFORE_RUN and not name.startswith(_BEFORE_RUN_PREFIXES) for name in names)
+    return not all(comes_before_run(each.name) for each in path.iterdir())
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return read_whole_lines(path)[0] if path.exists() else []
 
 
-def _foreign_line(path: Path, is_broken_at_end_alone: bool) -> int | None:
-    """Number of the first line that no run wrote; one that is not whole is one where it may be the last alone."""
+def _foreign_line(path: Path, may_tear_several: bool) -> int | None:
+    """Number of the first line that no run wrote, where there is one.
+
+    A crash leaves a line that is not whole, and nothing behind it, or more of the step whose lines were added at once.
+
+    Args:
+        path: The file.
+        may_tear_several: Whether a step adds several lines.
+    """
     if not path.exists():
         return None
     objects, ends = read_whole_lines(path)
@@ -350,8 +356,11 @@ def _foreign_line(path: Path, is_broken_at_end_alone: bool) -> int | None:
             return number
     with path.open("rb") as file:
         file.seek(ends[-1] if ends else 0)
-        _, _, later = file.read().partition(b"\n")
-    return len(objects) + 1 if is_broken_at_end_alone and later.strip() else None
+        file.readline()
+        behind = [line for line in file if line.strip()]
+    steps = {whole.get("step") for line in behind if (whole := parse_line(line)) is not None}
+    is_torn = len(steps) <= 1 if may_tear_several else not behind
+    return None if is_torn else len(objects) + 1
 
 
 def _keep_steps(path: Path, last: int) -> None:

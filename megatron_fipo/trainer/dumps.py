@@ -22,7 +22,7 @@ from megatron_fipo.actor.checkpoint import ActorCheckpoint, layout_of
 from megatron_fipo.actor.random_states import random_states_of
 from megatron_fipo.actor.train_step import Evidence, TrainStep, UpdateResult
 from megatron_fipo.actor.update_arrays import packs, update_arrays
-from megatron_fipo.config.load import dump_config
+from megatron_fipo.config.load import CONFIG_FILE, dump_config
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.parallel.agreement import on_every_rank, on_main_rank
 from megatron_fipo.parallel.collectives import Arrays, broadcast_json, gather_json
@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 DUMP_FILE = "dump.json"
-CONFIG_FILE = "config.yaml"
 BATCH_FILE = "batch.npz"
 ACTOR_FOLDER = "actor"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fipo.config.algorithm_card import CARD_FILE, effective_algorithm
-from megatron_fipo.config.load import dump_config
+from megatron_fipo.config.load import CONFIG_FILE, dump_config
 from megatron_fipo.conversion.model_files import MODEL_FOLDER
 from megatron_fipo.parallel.agreement import on_main_rank
 from megatron_fipo.parallel.collectives import broadcast_json
@@ -18,7 +18,7 @@ from megatron_fipo.rollout.journal import forget_journal
 from megatron_fipo.runtime.checkpoint_store import Checkpoint
 from megatron_fipo.runtime.earlier_run import has_other_samples
 from megatron_fipo.runtime.errors import CheckpointError
-from megatron_fipo.runtime.files.disk_errors import disk_errors_told
+from megatron_fipo.runtime.files.disk_errors import disk_errors_told, read_errors_told
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.trainer.checkpointing import Checkpointer
 from megatron_fipo.trainer.state import Run, StepReport
@@ -29,8 +29,6 @@ PROGRESS_FILE = "progress.json"
 """Counters of the loop, in a checkpoint."""
 CONTROLLER_FILE = "rollouts.npz"
 """State of the rollout controller, in a checkpoint."""
-CONFIG_FILE = "config.yaml"
-"""The configuration that a checkpoint was written with."""
 
 
 def restore_actor(run: Run) -> bool:
@@ -185,14 +183,16 @@ def _write_own_files(run: Run, folder: Path) -> None:
 
 def _read_progress(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.path / PROGRESS_FILE
+    with read_errors_told(path):
+        content = path.read_bytes()
     try:
-        progress = json.loads(path.read_bytes())
+        progress = json.loads(content)
         if progress["finished_steps"] != checkpoint.manifest.step:
             raise ValueError(f"it is of step {progress['finished_steps']}")
         if not isinstance(progress["policy_version"], int) or not isinstance(progress["safeguards"], dict):
             raise TypeError("policy_version or safeguards is something else")
         if progress["unreported"] is not None:
             StepReport(**progress["unreported"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: is not of a run's checkpoint ({type(error).__name__}: {error})") from error
     return dict(progress)

@@ -26,7 +26,7 @@ from megatron_fipo.actor.update_arrays import (
     update_arrays,
 )
 from megatron_fipo.config.base import ConfigError, require
-from megatron_fipo.config.load import load_config, plain_values
+from megatron_fipo.config.load import CONFIG_FILE, load_config, plain_values
 from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.run_changes import Change, changes_between
 from megatron_fipo.conversion.bridge import HfBridge
@@ -37,7 +37,7 @@ from megatron_fipo.platform.device import compute_device
 from megatron_fipo.runtime.errors import BreakdownError, CheckpointError
 from megatron_fipo.runtime.seeding import derive_seed
 from megatron_fipo.trainer.build import build_actor
-from megatron_fipo.trainer.dumps import ACTOR_FOLDER, CONFIG_FILE, Dump, machine, read_dump
+from megatron_fipo.trainer.dumps import ACTOR_FOLDER, Dump, machine, read_dump
 from megatron_fipo.types import TrainBatch
 
 # Largest difference of losses (in mean |A|) and gradient norms (relative) in another process grid.

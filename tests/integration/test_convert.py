@@ -211,7 +211,7 @@ def corrupted(checkpoint: Path) -> None:
 
 def of_a_later_release(checkpoint: Path) -> None:
     path = checkpoint / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
 
 
 def without_description(checkpoint: Path) -> None:
@@ -283,7 +283,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no manifest": (without_manifest, "ConfigError: RUN|CHECKPOINT = {bad}: is neither a checkpoint (manifest.json"),
     "truncated": (truncated, "CheckpointError: {bad}/actor/__0_0.distcp: has 10000 bytes where"),
     "corrupted": (corrupted, "CheckpointError: {bad}/actor/__0_0.distcp: other bytes than were written (SHA-256 diff"),
-    "newer": (of_a_later_release, "NewerFormatError: {bad}/manifest.json: format version 99, and this release reads 2"),
+    "newer": (of_a_later_release, "NewerFormatError: {bad}/manifest.json: format version 99, and this release reads 1"),
     "not described": (without_description, "CheckpointError: {bad}/model: is missing; a checkpoint that can be conv"),
     "more layers": (of_another_model, "CheckpointError: {bad}/actor is of another model than it describes: it has no"),
     "wider": (

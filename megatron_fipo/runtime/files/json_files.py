@@ -31,16 +31,21 @@ def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     end = 0
     with path.open("rb") as file:
         for line in file:
-            try:
-                content = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                content = None
-            if not isinstance(content, dict):
+            if (content := parse_line(line)) is None:
                 break
             end += len(line)
             objects.append(content)
             ends.append(end)
     return objects, ends
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None where it is not whole."""
+    try:
+        content = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_fipo.actor.layerwise import LayerwiseActor
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.config.load import load_config
+from megatron_fipo.config.load import CONFIG_FILE, load_config
 from megatron_fipo.config.model import ModelConfig
 from megatron_fipo.config.parallelism import ParallelismConfig
 from megatron_fipo.config.run import RunConfig
@@ -176,7 +176,7 @@ class _Comparison:
 
 def _overrides(source: CheckpointSource) -> dict[str, Any]:
     """What the run set in megatron-core's configuration beside the model's own description."""
-    path = source.path / "config.yaml"
+    path = source.path / CONFIG_FILE
     try:
         return load_config(RunConfig, path).model.transformer_config_overrides if path.is_file() else {}
     except ConfigError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from megatron_fipo.config.base import require
 from megatron_fipo.runtime.checkpoint_store import MANIFEST_FILE
 from megatron_fipo.runtime.files.whole_folder import WholeFolder
+from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.trainer.convert.options import told
 from megatron_fipo.trainer.convert.source import CHECKPOINTS
 
@@ -33,6 +34,6 @@ def _whole_thing(place: Path) -> str:
     """What a folder is that must stay as it is; "" where it is none."""
     if (place / MANIFEST_FILE).is_file():
         return "a checkpoint"
-    if place.name == CHECKPOINTS and (place.parent / "config.yaml").is_file():
+    if place.name == CHECKPOINTS and RunDirectory(place.parent).has_run:
         return "where a run has its checkpoints"
     return "a model folder" if (place / "config.json").is_file() and any(place.glob("*.safetensors")) else ""

@@ -10,13 +10,13 @@ from typing import Any
 
 from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.evaluate import EvaluateConfig
-from megatron_fipo.config.load import dump_config, load_config
+from megatron_fipo.config.load import CONFIG_FILE, dump_config, load_config
 from megatron_fipo.runtime.files.json_files import write_json
-from megatron_fipo.runtime.run_dir import RunDirectory
+from megatron_fipo.runtime.run_dir import RunDirectory, comes_before_run
 
 _INPUTS = "inputs.json"
 # What is there before it.
-_FIRST = frozenset({"config.yaml", f".{_INPUTS}.partial"})
+_FIRST = frozenset({CONFIG_FILE, f".{_INPUTS}.partial"})
 
 
 def prepare_directory(config: EvaluateConfig, fingerprints: Mapping[str, str]) -> None:
@@ -33,7 +33,7 @@ def prepare_directory(config: EvaluateConfig, fingerprints: Mapping[str, str]) -
     inputs = folder / _INPUTS
     if not inputs.is_file() and not _is_half_made(folder):
         RunDirectory.create(folder, dump_config(config))
-    for field, mine, theirs in _differences(config, load_config(EvaluateConfig, folder / "config.yaml"), ""):
+    for field, mine, theirs in _differences(config, load_config(EvaluateConfig, folder / CONFIG_FILE), ""):
         raise _other_evaluation(folder, field, mine, f"was {theirs}")
     if not inputs.is_file():
         write_json(inputs, fingerprints)
@@ -67,7 +67,8 @@ def held_alone(folder: Path) -> Iterator[None]:
 
 def _is_half_made(folder: Path) -> bool:
     """Whether it is one that its evaluation was killed over, which has begun nothing yet."""
-    return (folder / "config.yaml").is_file() and {each.name for each in folder.iterdir()} <= _FIRST
+    names = {each.name for each in folder.iterdir()} if (folder / CONFIG_FILE).is_file() else {""}
+    return all(name in _FIRST or comes_before_run(name) for name in names)
 
 
 def _other_evaluation(folder: Path, field: str, value: object, rule: str) -> ConfigError:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fipo.config.base import ConfigError
-from megatron_fipo.runtime.errors import RunError
+from megatron_fipo.runtime.errors import BreakdownError, RunError
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.run_lock import hold_run_directory
 
@@ -30,7 +30,7 @@ def test_an_empty_directory_will_do(tmp_path: Path) -> None:
 
 
 def test_what_a_run_left_that_ended_before_it_began_is_no_run(tmp_path: Path) -> None:
-    for name in (".lock", "..lock.partial", ".lock.17", "last_breakdown", ".last_breakdown.17", ".config.yaml.partial"):
+    for name in (".lock", ".lock.node3.17", "last_breakdown", ".last_breakdown.17", ".config.yaml.partial"):
         (tmp_path / name).touch()
     (tmp_path / "logs").mkdir()
     assert not RunDirectory(tmp_path).has_run
@@ -161,10 +161,30 @@ def test_a_broken_line_is_a_killed_runs_at_the_end_alone(tmp_path: Path, end: st
         directory.check_lines()
 
 
-def test_metrics_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("behind", "is_refused"),
+    [
+        (["no JSON", '{"step": 2}', '{"step": 2}'], False),
+        (["no JSON", '{"step": 1}', '{"step": 2}'], True),
+        (["no JSON", "nor this", '{"step": 1}', "", '{"step": 2}', '{"st'], True),
+    ],
+)
+def test_a_crash_breaks_samples_of_one_step_alone(tmp_path: Path, behind: list[str], is_refused: bool) -> None:
     directory = RunDirectory.create(tmp_path, "")
+    directory.samples_file.write_text("\n".join(['{"step": 0}', *behind, ""]))
+    with pytest.raises(ConfigError, match="line 2 of samples.jsonl") if is_refused else nullcontext():
+        directory.check_lines()
+
+
+def test_metrics_that_cannot_be_read_are_no_foreign_ones(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path, "")
+    # Opened, but not read.
+    directory.metrics_file.symlink_to("/proc/self/mem")
+    with pytest.raises(BreakdownError, match=r"metrics.jsonl: cannot be read \(Input/output error\)"):
+        directory.check_lines()
+    directory.metrics_file.unlink()
     directory.metrics_file.mkdir()
-    with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be read \(Is a directory\)"):
+    with pytest.raises(RunError, match=r"metrics.jsonl: is something else \(Is a directory\)"):
         directory.check_lines()
 
 

@@ -23,8 +23,6 @@ import errno, sys
 from pathlib import Path
 from megatron_fipo.runtime.run_lock import hold_run_directory
 
-OTHER = '{"host": "elsewhere", "process": 1, "job": null, "since": "noon"}'
-
 
 def no_locks(file):
     raise OSError(errno.ENOLCK, "no locks")

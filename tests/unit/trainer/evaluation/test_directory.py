@@ -38,6 +38,9 @@ def test_a_directory_that_was_half_made_is_made_whole(tmp_path: Path) -> None:
     folder = tmp_path / "evaluation"
     prepare_directory(evaluation(tmp_path), INPUTS)
     (folder / "inputs.json").rename(folder / ".inputs.json.partial")
+    # From ranks that saw the first one die.
+    (folder / "last_breakdown").write_text("-1")
+    (folder / "logs").mkdir()
     with pytest.raises(ConfigError, match="seed = 2: was 1"):
         prepare_directory(evaluation(tmp_path, seed=2), INPUTS)
     prepare_directory(evaluation(tmp_path), INPUTS)
