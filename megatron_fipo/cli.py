@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(words: Sequence[str]) -> int:
     from megatron_fipo.config.base import require
     from megatron_fipo.launch.slurm import rank_variables
+    from megatron_fipo.runtime.errors import RunError
 
     os.environ.update(rank_variables(os.environ))
     if words and words[0] == "--replay":
@@ -113,7 +114,9 @@ def _train(words: Sequence[str]) -> int:
     config.parallelism.check_world_size(int(os.environ.get("WORLD_SIZE", "1")))
     if "WORLD_SIZE" not in os.environ:
         # Several ranks see a directory that changes: rank 0 may have begun the run already.
-        _check_directory(config)
+        with suppress(RunError):
+            # The run meets that, too, and has a status for it.
+            _check_directory(config)
     return _train_on_ranks(config)
 
 
@@ -131,7 +134,7 @@ def _evaluate(words: Sequence[str]) -> int:
 def _check(words: Sequence[str]) -> int:
     from megatron_fipo.rollout.servers.arguments import check_server_arguments
     from megatron_fipo.runtime.checkpoint_store import CheckpointStore
-    from megatron_fipo.runtime.errors import RunError
+    from megatron_fipo.runtime.errors import BreakdownError, RunError
     from megatron_fipo.runtime.run_dir import RunDirectory
 
     if (config := _read_run_config("check", words)) is None:
@@ -139,14 +142,15 @@ def _check(words: Sequence[str]) -> int:
     # As slurm/train.sbatch gives it; empty where Slurm does not tell.
     if ranks := os.environ.get("WORLD_SIZE"):
         config.parallelism.check_world_size(int(ranks))
-    for change in _check_directory(config):
-        print(f"not as in the run's configuration: {change}", file=sys.stderr)
     check_server_arguments(config.rollout.sglang.server_arguments)
     try:
+        for change in _check_directory(config):
+            print(f"not as in the run's configuration: {change}", file=sys.stderr)
         CheckpointStore(RunDirectory(config.output_dir).checkpoints).newest_valid(check_hashes=False)
     except RunError as error:
         print(f"megatron-fipo: {error}", file=sys.stderr)
-        return BAD_INPUT
+        # What cannot be read now may be there when the run starts, which has a status for it.
+        return DONE if isinstance(error, BreakdownError) else BAD_INPUT
     return DONE
 
 

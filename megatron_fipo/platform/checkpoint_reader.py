@@ -11,6 +11,8 @@ import re
 import struct
 import zipfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
 from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.files.disk_errors import read_errors_told
 
 INDEX_FILE = ".metadata"
 
@@ -82,16 +85,18 @@ def read_index(folder: Path) -> Metadata:
     Raises:
         CheckpointError: It is missing or damaged, asks for a class that an index does not need, holds other things than
             tensors, or points out of the folder.
+        BreakdownError: It cannot be read.
     """
     path = folder / INDEX_FILE
-    try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(path, file).load()
-        _check(index, folder)
-    except CheckpointError:
-        raise
-    except (OSError, *_DAMAGE) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint's index ({error})") from error
+    with read_errors_told(path):
+        try:
+            with path.open("rb") as file:
+                index = _IndexUnpickler(path, file).load()
+            _check(index, folder)
+        except CheckpointError:
+            raise
+        except _DAMAGE as error:
+            raise CheckpointError(f"{path} cannot be read as a checkpoint's index ({error})") from error
     return index
 
 
@@ -130,18 +135,15 @@ class CheckpointReader(FileSystemReader):
 
         Raises:
             CheckpointError: A file is damaged, or a tensor asks for a class that tensors do not need.
+            BreakdownError: One cannot be read.
         """
         items = defaultdict(list)
         for item in plan.items:
             assert item.type is LoadItemType.TENSOR, "the index holds tensors alone"
             items[self.storage_data[item.storage_index].relative_path].append(item)
         for name, own in items.items():
-            try:
+            with _damage_told(self.folder / name):
                 super().read_data(dataclasses.replace(plan, items=own), planner)
-            except (OSError, *_DAMAGE) as error:
-                raise CheckpointError(
-                    f"{self.folder / name} holds a tensor that cannot be read ({_reason(error)}); nothing in it was run"
-                ) from error
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -151,6 +153,7 @@ class CheckpointReader(FileSystemReader):
 
         Raises:
             CheckpointError: A file is damaged, a piece is missing, or one asks for a class that tensors do not need.
+            BreakdownError: One cannot be read.
         """
         told = self.index.state_dict_metadata[name]
         assert isinstance(told, TensorStorageMetadata), "the index holds tensors alone"
@@ -171,17 +174,25 @@ class CheckpointReader(FileSystemReader):
         if stored is None:
             raise CheckpointError(f"{self.folder / INDEX_FILE}: a piece of {name} lies nowhere")
         path = self.folder / stored.relative_path
-        try:
+        with _damage_told(path):
             with path.open("rb", buffering=0) as file:
                 view = self._slice_file(file, stored)
                 piece: Tensor = torch.load(view, map_location="cpu", weights_only=True)
             if piece.shape != chunk.sizes or piece.dtype != dtype:
                 raise ValueError(f"{name} has another shape or type than the index says")
-        except (OSError, *_DAMAGE) as error:
+        return piece
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """What reading a file of tensors raises; an error of the disk is no damage."""
+    with read_errors_told(path):
+        try:
+            yield
+        except _DAMAGE as error:
             raise CheckpointError(
                 f"{path} holds a tensor that cannot be read ({_reason(error)}); nothing in it was run"
             ) from error
-        return piece
 
 
 def _reason(error: Exception) -> str:

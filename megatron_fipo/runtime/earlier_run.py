@@ -31,8 +31,11 @@ def check_against_earlier(config: RunConfig, directory: RunDirectory) -> list[Ch
         Every difference, all of which are accepted.
 
     Raises:
-        ConfigError: A run of some steps has no checkpoint, and was or is to write none; or its metrics have a line that
-            it did not write; or a field has changed that must not, or that `checkpoint.accept_changes` has to name.
+        ConfigError: Its configuration is another release's; its checkpoints cannot be found; it has none although two
+            were due, or it was or is to write none; its metrics have a line that it did not write; its prompts come
+            from sources of other names; or a field has changed that must not, or that `checkpoint.accept_changes` has
+            to name.
+        BreakdownError: Its checkpoints or metrics cannot be read.
     """
     if not directory.has_run:
         return []
@@ -46,7 +49,7 @@ def check_against_earlier(config: RunConfig, directory: RunDirectory) -> list[Ch
             way_out="go on with the release that began the run, or choose another directory",
         ) from error
     directory.check_lines()
-    _check_that_it_goes_on(min(config.checkpoint.every_steps, earlier.checkpoint.every_steps), directory)
+    _check_that_it_goes_on(earlier.checkpoint.every_steps if config.checkpoint.every_steps else 0, directory)
     if earlier.data is not None and config.data is not None:
         require_same_sources(source_names(earlier.data.train), source_names(config.data.train))
     before, now = plain_values(earlier), plain_values(config)

@@ -234,6 +234,11 @@ def test_check_looks_into_the_run_that_is_to_go_on(root: Path) -> None:
     code, _, err = run_command("check", config)
     assert code == 2 and "line 1 of metrics.jsonl is of no step" in err and err.count("\n") == 1
     metrics.unlink()
+    metrics.symlink_to("/proc/self/mem")
+    code, _, err = run_command("check", config)
+    assert code == 0, "the run itself ends with 85 then"
+    assert "metrics.jsonl: cannot be read (Input/output error)" in err and err.count("\n") == 1
+    metrics.unlink()
     (store.path(1) / "manifest.json").unlink()
     code, _, err = run_command("check", config)
     assert code == 2

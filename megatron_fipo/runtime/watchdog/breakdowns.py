@@ -26,6 +26,7 @@ def breakdown_statuses(folder: Path) -> Callable[[], int]:
         newest = -1
         with suppress(OSError):
             newest = max(CheckpointStore(RunDirectory(folder).checkpoints).steps(), default=-1)
+        with suppress(OSError):
             # Several ranks may write the same.
             partial = path.with_name(f".{path.name}.{os.getpid()}")
             partial.write_text(str(newest))

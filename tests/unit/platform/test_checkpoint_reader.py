@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, Metadata
 
 from megatron_fipo.platform.checkpoint_reader import CheckpointReader, read_index
-from megatron_fipo.runtime.errors import CheckpointError
+from megatron_fipo.runtime.errors import BreakdownError, CheckpointError
 
 
 class Exploit:
@@ -168,5 +168,15 @@ def test_what_is_no_index_is_told(folder: Path, content: bytes) -> None:
 
 
 def test_a_missing_index_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint's index"):
+    with pytest.raises(CheckpointError, match=r"/\.metadata: is missing"):
         read_index(tmp_path)
+
+
+def test_a_disk_that_refuses_is_no_damage(folder: Path) -> None:
+    reader = CheckpointReader(folder, read_index(folder))
+    for path in folder.glob("*.distcp"):
+        path.unlink()
+        # Opened, but not read.
+        path.symlink_to("/proc/self/mem")
+    with pytest.raises(BreakdownError, match=r"cannot be read \(Input/output error\), so nobody knows"):
+        reader.read_tensor("a")

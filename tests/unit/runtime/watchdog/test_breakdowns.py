@@ -26,6 +26,12 @@ def test_all_ranks_of_an_attempt_come_to_the_same_status(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["last_breakdown"]
 
 
+def test_a_run_whose_checkpoints_cannot_be_listed_is_not_started_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    assert breakdown_statuses(tmp_path)() == GO_ON
+    assert breakdown_statuses(tmp_path)() == FAILED
+
+
 def test_a_directory_that_cannot_be_written_to_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert breakdown_statuses(tmp_path / "file" / "run")() == GO_ON
