@@ -149,10 +149,10 @@ def require_same_sources(before: Sequence[str], now: Sequence[str]) -> None:
         ConfigError: They differ.
     """
     require(
-        len(now) == len(before),
+        list(now) == list(before) or (len(now) == len(before) and sorted(now) != sorted(before)),
         field="data.train",
         value=", ".join(now),
-        rule=f"must stay the sources {', '.join(before)}{_reason('data.train')}",
+        rule=f"must stay the sources {', '.join(before)}, in this order{_reason('data.train')}",
         way_out="restore them, or choose another output_dir for a new run",
     )
     for place, (old, new) in enumerate(zip(before, now, strict=True)):
@@ -162,8 +162,8 @@ def require_same_sources(before: Sequence[str], now: Sequence[str]) -> None:
             field=field,
             value=new,
             rule=f"must stay {old}, as the run in output_dir has it: prompts are known by their source's name, "
-            "which is that of its file where none is given",
-            way_out=f"set {field} to {old}; the file may have any name then",
+            "which is that of its file, or task and seed, where none is given",
+            way_out=f"set {field} to {old}; what it comes from may have any name then",
         )
 
 

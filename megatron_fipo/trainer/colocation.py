@@ -102,7 +102,9 @@ class Colocation:
             try:
                 self.to_trainer(servers)
             except RunError as another:
-                raise RunError(f"{problem}. Besides, {another}") from error
+                # Whether the run may be started again depends on what the servers did.
+                kind = BreakdownError if isinstance(another, BreakdownError) else RunError
+                raise kind(f"{problem}. Besides, {another}") from error
             raise
         return failed
 
@@ -113,7 +115,7 @@ class Colocation:
             servers: All of them, paused and idle; the same on every rank.
 
         Raises:
-            BreakdownError: A server did not release its memory. The trainer has what there is.
+            BreakdownError: A server did not release its memory. The trainer has what there is, which may be too little.
             RunError: Memory is missing elsewhere.
         """
         failed = self._release("kv_cache", servers) | self._release("weights", servers)
@@ -123,7 +125,7 @@ class Colocation:
         try:
             self._on_trainer(self.trainer.restore)
         except RunError as error:
-            raise RunError(f"{problem}{error}") from error
+            raise (BreakdownError if problem else RunError)(f"{problem}{error}") from error
         if problem:
             raise BreakdownError(f"{problem}See its log; rollout.colocated: false gives servers GPUs of their own")
 

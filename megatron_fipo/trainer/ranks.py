@@ -66,7 +66,7 @@ def do_on_ranks(work: RankWork) -> int:
     """Do this rank's part; returns the exit status.
 
     Raises:
-        ConfigError: This rank cannot join the others.
+        ConfigError: This rank cannot join the others, or is the only one and met a bad input.
     """
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank)
@@ -78,15 +78,15 @@ def do_on_ranks(work: RankWork) -> int:
         with watchdog, _process_group(watchdog, timedelta(seconds=timeout_s)):
             work.do(rank, where, stop)
     except BreakdownError as error:
-        return _told(rank, f"{work.name} stopped: {error}", breakdown_status())
+        return _tell(rank, f"{work.name} stopped: {error}", breakdown_status())
     except RunError as error:
-        return _told(rank, f"{work.name} stopped: {error}", FAILED)
+        return _tell(rank, f"{work.name} stopped: {error}", FAILED)
     except StopRequested as reason:
-        return _told(rank, f"{work.name} ended on {reason}; {work.way_on}", work.stop_statuses.get(str(reason), GO_ON))
+        return _tell(rank, f"{work.name} ended on {reason}; {work.way_on}", work.stop_statuses.get(str(reason), GO_ON))
     except ConfigError as error:
         if not watchdog.has_joined:
             raise
-        return _told(rank, str(error), BAD_INPUT)
+        return _tell(rank, str(error), BAD_INPUT)
     except Exception:
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
@@ -95,7 +95,7 @@ def do_on_ranks(work: RankWork) -> int:
     return DONE
 
 
-def _told(rank: int, text: str, status: int) -> int:
+def _tell(rank: int, text: str, status: int) -> int:
     if rank == 0:
         print(f"megatron-fipo: {text}", file=sys.stderr)
     return status

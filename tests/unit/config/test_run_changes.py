@@ -105,9 +105,11 @@ def test_what_makes_other_prompts_is_refused_at_once_although_it_was_accepted() 
 
 def test_sources_keep_their_names() -> None:
     require_same_sources(["a", "b"], ["a", "b"])
-    with pytest.raises(ConfigError, match=r"^data.train.1.name = c: must stay b, .*; set data.train.1.name to b; the"):
+    with pytest.raises(ConfigError, match=r"^data.train.1.name = c: must stay b, .*; set data.train.1.name to b; what"):
         require_same_sources(["a", "b"], ["a", "c"])
     with pytest.raises(ConfigError, match=r"^data.train.name = c: must stay a, "):
         require_same_sources(["a"], ["c"])
-    with pytest.raises(ConfigError, match=r"^data.train = a: must stay the sources a, b, because a run that goes on"):
+    with pytest.raises(ConfigError, match=r"^data.train = a: must stay the sources a, b, in this order, because a"):
         require_same_sources(["a", "b"], ["a"])
+    with pytest.raises(ConfigError, match=r"^data.train = b, a: must stay the sources a, b, in this order, .*; rest"):
+        require_same_sources(["a", "b"], ["b", "a"])
