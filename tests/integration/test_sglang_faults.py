@@ -72,6 +72,8 @@ def faulty_run(root: Path, number: int) -> RunConfig:
         rollout=rollout,
         parallelism={"max_tokens_per_micro_batch": 512} | changes.pop("parallelism", {}),
         evaluation={"num_prompts": 8, "every_steps": 3},
+        # With a single checkpoint, at the end, the journal keeps every batch.
+        checkpoint={"every_steps": STEPS},
         weight_sync=WeightSyncConfig(timeout_s=15.0),
         **changes,
     )
