@@ -13,7 +13,7 @@ from megatron_fipo.config.run import RunConfig
 from megatron_fipo.config.sglang import SglangConfig
 from megatron_fipo.rollout.journal import journal_path, read_journal
 from tests.integration.small_runs import prompts, read_lines, small_run, without_times, write_inputs
-from tests.killed_runs import EXPORT_S, START, Kill, Life, Scale, Victim, draw_kills, live, live_through, scale_of
+from tests.killed_runs import START, Kill, Life, Scale, Victim, draw_kills, live, live_through, scale_of
 from tests.server_faults import check_every_draw_ends_once
 from tests.sglang_servers import RunningServer
 
@@ -109,7 +109,7 @@ class ServedRuns:
         "weight_sync": 0.5,
         "evaluation": 0.3,
         "checkpoint": 0.1,
-        "export": EXPORT_S,
+        "export": 0.2,
     }
 
     def __init__(self, root: Path, server: RunningServer | None, num_steps: int = 5, **rollout: Any) -> None:

@@ -39,8 +39,8 @@ END_PATIENCE_S = 20.0
 # A controller whose rank 0 is gone has this long to end its servers in good order, and then ends itself.
 LAST_END_PATIENCE_S = 80.0
 LIFE_PATIENCE_S = 300.0
-# No line of the metrics has the time of an export, which comes after the last one.
-EXPORT_S = 0.2
+# No line of the metrics has the time of an export, which comes after the last one; so long it takes with two ranks.
+EXPORT_S = 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
