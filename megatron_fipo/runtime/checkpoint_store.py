@@ -20,7 +20,7 @@ from typing import Any
 import megatron_fipo
 from megatron_fipo.runtime.errors import CheckpointError, RunError
 from megatron_fipo.runtime.files.contents import contents
-from megatron_fipo.runtime.files.disk_errors import disk_errors_told, read_errors_told, size_text
+from megatron_fipo.runtime.files.disk_errors import MEND, disk_errors_told, read_errors_told, size_text
 from megatron_fipo.runtime.files.hashed_file import FileRecord, hash_file, hash_files
 from megatron_fipo.runtime.files.json_files import write_json
 from megatron_fipo.runtime.files.whole_file import wait_for_disk
@@ -227,7 +227,7 @@ class CheckpointStore:
             NewerFormatError: The newest was written by a later release, which is no damage.
             BreakdownError: One cannot be read.
         """
-        with read_errors_told(self.folder):
+        with read_errors_told(self.folder, way_out=MEND):
             steps = self.steps()
         for step in reversed([each for each in steps if before is None or each < before]):
             try:

@@ -15,8 +15,8 @@ from megatron_fipo.config.run_changes import (
     touch_samples,
 )
 from megatron_fipo.runtime.checkpoint_store import CheckpointStore
-from megatron_fipo.runtime.errors import CheckpointError
-from megatron_fipo.runtime.files.disk_errors import read_errors_told
+from megatron_fipo.runtime.errors import CheckpointError, RunError
+from megatron_fipo.runtime.files.disk_errors import MEND, read_errors_told
 from megatron_fipo.runtime.run_dir import RunDirectory
 
 
@@ -31,14 +31,16 @@ def check_against_earlier(config: RunConfig, directory: RunDirectory) -> list[Ch
         Every difference, all of which are accepted.
 
     Raises:
-        ConfigError: Its configuration is another release's; its checkpoints cannot be found; it has none although two
-            were due, or it was or is to write none; its metrics have a line that it did not write; its prompts come
-            from sources of other names; or a field has changed that must not, or that `checkpoint.accept_changes` has
-            to name.
-        BreakdownError: Its checkpoints or metrics cannot be read.
+        ConfigError: Its configuration is another release's; its checkpoints cannot be found; it has none although it
+            had one or two were due, or it was or is to write none; its metrics have a line that it did not write; its
+            prompts come from sources of other names; or a field has changed that must not, or that
+            `checkpoint.accept_changes` has to name.
+        BreakdownError: Its configuration, checkpoints or metrics cannot be read.
     """
     if not directory.has_run:
         return []
+    with read_errors_told(directory.config_file, RunError, MEND):
+        directory.config_file.read_bytes()
     try:
         earlier = load_config(RunConfig, directory.config_file)
     except ConfigError as error:
@@ -70,7 +72,7 @@ def has_other_samples(config: RunConfig, config_file: Path) -> bool:
 def _check_that_it_goes_on(every_steps: int, directory: RunDirectory) -> None:
     """Refuse to begin a run anew that is not meant to."""
     try:
-        with read_errors_told(directory.checkpoints):
+        with read_errors_told(directory.checkpoints, way_out=MEND):
             steps = CheckpointStore(directory.checkpoints).steps()
     except CheckpointError as problem:
         raise ConfigError(
@@ -80,7 +82,7 @@ def _check_that_it_goes_on(every_steps: int, directory: RunDirectory) -> None:
             way_out="bring them back, or choose another directory",
         ) from problem
     # The first one may have been on its way when the run was killed.
-    if not steps and (step := directory.last_step) and step >= 2 * every_steps:
+    if not steps and (step := directory.last_step) and (directory.has_saved or step >= 2 * every_steps):
         raise ConfigError(
             field="output_dir",
             value=directory.path,

@@ -63,8 +63,9 @@ class RunDirectory:
             ConfigError: It is a file, a directory that holds something else, or a place that this user may not write
                 to; or its export is a link that leads nowhere.
         """
-        is_run = may_have_run and RunDirectory(path).has_run
+        is_run = False
         try:
+            is_run = may_have_run and RunDirectory(path).has_run
             taken = path.exists() and not is_run and (not path.is_dir() or _holds_files(path))
             nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
             writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
@@ -130,11 +131,18 @@ class RunDirectory:
         """Refuse metrics and samples that the run did not write; nothing is touched.
 
         Raises:
-            ConfigError: A line is of no step.
+            ConfigError: A line is of no step, or a file is a link that leads nowhere.
             BreakdownError: A file cannot be read.
             RunError: Something else is in its place.
         """
         for path in (self.metrics_file, self.samples_file):
+            require(
+                not path.is_symlink() or path.exists(),
+                field="output_dir",
+                value=self.path,
+                rule=f"{path.name} is a link that leads nowhere",
+                way_out="remove the link, or bring back what it leads to",
+            )
             with read_errors_told(path, RunError):
                 strange = _foreign_line(path, may_tear_several=path == self.samples_file)
             require(
@@ -250,6 +258,16 @@ class RunDirectory:
     def config_file(self) -> Path:
         """The resolved configuration; there as soon as a run has begun."""
         return self.path / CONFIG_FILE
+
+    @property
+    def saved_file(self) -> Path:
+        """There as soon as a checkpoint has been complete."""
+        return self.path / ".saved"
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether the run has had a whole checkpoint."""
+        return self.saved_file.exists()
 
     @property
     def metrics_file(self) -> Path:

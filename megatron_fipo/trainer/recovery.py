@@ -116,15 +116,22 @@ def complete_checkpoint(run: Run) -> None:
         with run.timer.phase("checkpoint"):
             own.complete(run.finished_steps, partial(_write_files, run), metrics_file)
             own.advance()
+    _note_saved(run)
+
+
+def _note_saved(run: Run) -> None:
+    """What follows from the checkpoints that are on disk, on rank 0."""
     if run.directory is not None:
         # A file system that refuses is asked again after the next step.
         with suppress(OSError):
-            _forget_journal(run.directory, own)
+            _keep_in_mind(run.directory, run.checkpointer)
 
 
-def _forget_journal(directory: RunDirectory, own: Checkpointer) -> None:
-    """Remove batches that would be needed only if every one of the newest checkpoints were damaged."""
+def _keep_in_mind(directory: RunDirectory, own: Checkpointer) -> None:
+    """Remember that there is one, and forget batches that only damage to all of the newest would call for."""
     newest = own.store.steps()[-own.config.keep_last :]
+    if newest and not directory.has_saved:
+        directory.saved_file.touch()
     if len(newest) == own.config.keep_last:
         forget_journal(directory.journal, last=newest[0])
 
@@ -155,6 +162,7 @@ def save_now(run: Run) -> bool:
     complete_checkpoint(run)
     with run.timer.phase("checkpoint"):
         own.finish()
+    _note_saved(run)
     return own.saved_step == run.finished_steps
 
 

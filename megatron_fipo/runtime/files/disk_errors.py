@@ -37,13 +37,22 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes / 1024**3:.2f} GiB" if num_bytes >= 1024**3 else f"{num_bytes / 1024**2:.0f} MiB"
 
 
+MEND = "mend that, and start again"
+"""The way out where nothing goes on without what cannot be read."""
+
+
 @contextmanager
-def read_errors_told(path: Path, kind: type[RunError] = CheckpointError) -> Iterator[None]:
+def read_errors_told(
+    path: Path,
+    kind: type[RunError] = CheckpointError,
+    way_out: str = "mend that, or remove it to go on without it",
+) -> Iterator[None]:
     """What cannot be read now is no damage: it ends the run, which tries again when it is started again.
 
     Args:
         path: The place, where the error does not name one.
         kind: Raised where a file is missing, or something else is in its place.
+        way_out: What helps where the file system refuses.
 
     Raises:
         RunError: That is so.
@@ -57,6 +66,6 @@ def read_errors_told(path: Path, kind: type[RunError] = CheckpointError) -> Iter
         if error.errno in _OF_ANOTHER_KIND:
             raise kind(f"{error.filename or path}: is something else ({error.strerror})") from error
         raise BreakdownError(
-            f"{error.filename or path}: cannot be read ({error.strerror}), so nobody knows whether it is damaged; mend "
-            "that, or remove it to go on without it"
+            f"{error.filename or path}: cannot be read ({error.strerror}), so nobody knows whether it is damaged; "
+            f"{way_out}"
         ) from error

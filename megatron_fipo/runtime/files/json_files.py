@@ -43,7 +43,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     """The object of a line; None where it is not whole."""
     try:
         content = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -55,7 +55,8 @@ def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     size = path.stat().st_size
     if all(kept) and (ends[-1] if ends else 0) == size:
         return
-    with path.open("rb") as old, whole_file(path) as new:
+    # Where it is a link, that stays one.
+    with path.open("rb") as old, whole_file(path.resolve()) as new:
         for is_kept, start, end in zip(kept, [0, *ends], ends, strict=False):
             line = old.read(end - start)
             if is_kept:

@@ -9,6 +9,7 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.config.checkpoint import CheckpointConfig
 from megatron_fipo.config.load import dump_config
 from megatron_fipo.runtime.earlier_run import check_against_earlier
+from megatron_fipo.runtime.errors import BreakdownError
 from megatron_fipo.runtime.run_dir import RunDirectory
 from tests.unit.config.test_sections import run_config
 
@@ -33,3 +34,14 @@ def test_a_run_without_a_checkpoint_begins_anew_where_two_were_not_due(
     text = f"holds a run of {step} steps without a checkpoint"
     with pytest.raises(ConfigError, match=text) if is_refused else nullcontext():
         check_against_earlier(config, directory)
+    # It has had one, which is gone.
+    directory.saved_file.touch()
+    with pytest.raises(ConfigError, match=text):
+        check_against_earlier(config, directory)
+
+
+def test_a_configuration_that_cannot_be_read_is_no_other_releases(tmp_path: Path) -> None:
+    # Opened, but not read.
+    (tmp_path / "config.yaml").symlink_to("/proc/self/mem")
+    with pytest.raises(BreakdownError, match=r"config.yaml: cannot be read \(Input/output error\), .*; mend that, and"):
+        check_against_earlier(run_config(), RunDirectory(tmp_path))

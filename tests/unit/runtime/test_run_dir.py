@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megatron_fipo.config.base import ConfigError
 from megatron_fipo.runtime.errors import BreakdownError, RunError
 from megatron_fipo.runtime.run_dir import RunDirectory
 from megatron_fipo.runtime.run_lock import hold_run_directory
+from tests.unit.runtime.test_checkpoint_store import as_a_user
 
 TAKEN = "must be a new or empty directory, and it is not; choose another directory or remove this one"
 
@@ -151,6 +153,7 @@ def test_a_line_that_the_run_did_not_write_is_refused_and_nothing_cut(tmp_path: 
         ('no JSON\n{"step": 1}\n', True),
         ('\n{"step": 1}\n', True),
         ("\n\n", False),
+        ("[" * 200_000 + "\n", False),
     ],
 )
 def test_a_broken_line_is_a_killed_runs_at_the_end_alone(tmp_path: Path, end: str, is_refused: bool) -> None:
@@ -186,6 +189,28 @@ def test_metrics_that_cannot_be_read_are_no_foreign_ones(tmp_path: Path) -> None
     directory.metrics_file.mkdir()
     with pytest.raises(RunError, match=r"metrics.jsonl: is something else \(Is a directory\)"):
         directory.check_lines()
+
+
+def test_a_directory_that_may_not_be_entered_is_refused() -> None:
+    # pytest's own folders are its user's alone.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o700)
+        for path in (folder, folder / "run" / "first"):
+            with as_a_user(), pytest.raises(ConfigError, match="must be a directory that this user may write to"):
+                RunDirectory.check(path, may_have_run=True)
+
+
+def test_metrics_may_be_a_link_as_long_as_it_leads_somewhere(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run", "")
+    directory.metrics_file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is a link that leads nowhere; remove the link, or bring"):
+        directory.check_lines()
+    (tmp_path / "elsewhere").write_text('{"step": 1}\n{"step": 2}\n')
+    directory.check_lines()
+    directory.forget_after(1)
+    assert directory.metrics_file.is_symlink()
+    assert (tmp_path / "elsewhere").read_text() == '{"step": 1}\n'
 
 
 def test_steps_that_lost_their_metrics_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
