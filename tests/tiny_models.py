@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -89,3 +90,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<eos>",
         chat_template="{% for m in messages %}{{m['role']}}: {{m['content']}}\n{% endfor %}",
     )
+
+
+def add_output_matrix(folder: Path, factor: float) -> Path:
+    """Give a tied model an output matrix all the same, the embedding times a factor; returns the folder."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

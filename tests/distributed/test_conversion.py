@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from megatron_fipo.actor.model import unwrap
 from megatron_fipo.config.base import ConfigError
@@ -16,7 +15,7 @@ from megatron_fipo.conversion import bridge as conversion
 from megatron_fipo.conversion.model_files import check_tied_output
 from tests.distributed_helpers import run_distributed
 from tests.tiny_actors import bits, folder_tensors, tiny_actor
-from tests.tiny_models import VOCAB_SIZE, write_tiny_model
+from tests.tiny_models import VOCAB_SIZE, add_output_matrix, write_tiny_model
 
 pytestmark = pytest.mark.distributed
 
@@ -207,17 +206,8 @@ def test_a_folder_without_a_needed_tensor_is_refused(root, tmp_path):
     ]
 
 
-def with_output_matrix(source: Path, target: Path, factor: float) -> Path:
-    """A copy of a tied model, with the embedding times a factor for an output matrix."""
-    shutil.copytree(source, target)
-    tensors = load_file(target / "model.safetensors")
-    tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
 def test_a_tied_output_matrix_must_be_the_embedding(root: Path, tmp_path: Path) -> None:
-    folder = with_output_matrix(root / "qwen2, tied", tmp_path / "other", 0.0)
+    folder = add_output_matrix(shutil.copytree(root / "qwen2, tied", tmp_path / "other"), 0.0)
     message = (
         f"model.path = {folder}: has lm_head.weight with other bytes, though config.json ties it to "
         "model.embed_tokens.weight (tie_word_embeddings); set tie_word_embeddings to false if both are meant, or else "
@@ -233,7 +223,7 @@ def test_a_tied_output_matrix_must_be_the_embedding(root: Path, tmp_path: Path) 
 
 
 def test_a_tied_output_matrix_may_be_there_twice(root: Path, tmp_path: Path) -> None:
-    folder = with_output_matrix(root / "qwen2, tied", tmp_path / "copy", 1.0)
+    folder = add_output_matrix(shutil.copytree(root / "qwen2, tied", tmp_path / "copy"), 1.0)
     for ranks in run_distributed(load_and_export, 1, tmp_path, {"twice": ("copy", {})}):
         assert ranks["twice"]["different"] == []
         assert sorted(ranks["twice"]["names"]) == sorted(folder_tensors(folder))

@@ -23,7 +23,7 @@ from megatron_fipo.trainer.convert.words import Conversion
 from tests.conversions import all_files, bridge_export, folder_bytes, tensor_bytes, write_checkpoint
 from tests.distributed_helpers import run_distributed
 from tests.tiny_actors import tiny_actor
-from tests.tiny_models import VOCAB_SIZE, write_tiny_model
+from tests.tiny_models import VOCAB_SIZE, add_output_matrix, write_tiny_model
 
 pytestmark = pytest.mark.distributed
 
@@ -185,13 +185,11 @@ def test_transformer_engines_names_are_read_and_written(root: Path) -> None:
 def with_the_output_matrix_twice(root: Path) -> list[str]:
     """A tied model whose folder has the embedding as its output matrix, too; then with another one there."""
     here = root / "twice"
-    shutil.copytree(root / "qwen2, tied", here / "hf")
-    tensors = load_file(here / "hf" / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, here / "hf" / "model.safetensors", metadata={"format": "pt"})
+    add_output_matrix(shutil.copytree(root / "qwen2, tied", here / "hf"), 1.0)
     to_megatron(here / "hf", here / "checkpoint", OPTIONS)
     verify = Conversion(direction="verify", source=here / "checkpoint", target=here / "hf", options=OPTIONS)
     convert(verify)
+    tensors = load_file(here / "hf" / "model.safetensors")
     tensors["lm_head.weight"][300, 63] += 1
     save_file(tensors, here / "hf" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunError) as caught:

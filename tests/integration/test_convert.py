@@ -21,7 +21,6 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard as HubCard
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fipo.config.algorithm_card import effective_algorithm
@@ -40,6 +39,7 @@ from tests.cli_ranks import CliRanks
 from tests.conversions import all_files, folder_bytes
 from tests.distributed_helpers import run_distributed
 from tests.integration.small_runs import prompts, run_in_turn, small_run, write_inputs
+from tests.tiny_models import add_output_matrix
 
 pytestmark = pytest.mark.distributed
 
@@ -398,9 +398,7 @@ def own_code(folder: Path) -> None:
 
 def another_output_matrix(folder: Path) -> None:
     """Of a model that is tied, so that it should have none."""
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"] = torch.zeros_like(tensors["model.embed_tokens.weight"])
-    save_file(tensors, folder / "model.safetensors")
+    add_output_matrix(folder, 0.0)
 
 
 def change(folder: Path, **changes: Any) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from megatron_fipo.cli import main
 from megatron_fipo.config.base import ConfigError
@@ -41,7 +40,7 @@ from tests.integration.small_runs import (
     small_run,
     write_inputs,
 )
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import add_output_matrix, write_tiny_model
 
 SHOW = Path(__file__).parents[2] / "tools" / "show_evaluation.py"
 SAMPLES = 4
@@ -51,10 +50,8 @@ FILES = ("responses.jsonl", "problems.jsonl", "evaluation.json")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_inputs(tmp_path_factory.mktemp("evaluate"))
-    tied = load_file(write_tiny_model(root / "other_model", seed=1) / "model.safetensors")
-    shutil.copytree(root / "other_model", root / "with_output_matrix")
-    tied["lm_head.weight"] = torch.zeros_like(tied["model.embed_tokens.weight"])
-    save_file(tied, root / "with_output_matrix" / "model.safetensors")
+    other_model = write_tiny_model(root / "other_model", seed=1)
+    add_output_matrix(shutil.copytree(other_model, root / "with_output_matrix"), 0.0)
     (root / "empty.jsonl").write_text("")
     (root / "unanswered.jsonl").write_text('{"prompt": "1+1=", "answer": null}\n')
     return root

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fipo.config.algorithm_card import effective_algorithm
@@ -33,7 +32,7 @@ from tests.integration.small_runs import (
     without_times,
     write_inputs,
 )
-from tests.tiny_models import EOS_TOKEN_ID, write_tiny_model
+from tests.tiny_models import EOS_TOKEN_ID, add_output_matrix, write_tiny_model
 
 pytestmark = pytest.mark.distributed
 
@@ -241,15 +240,6 @@ def broken_model(root: Path) -> Path:
     return folder
 
 
-def tied_to_another(root: Path) -> Path:
-    """A tied model that has an output matrix all the same, which is not the embedding."""
-    folder = write_tiny_model(root / "tied_to_another")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def early_ends(root: Path, parallel_runs: dict[str, RunConfig]) -> dict[str, Any]:
     """How each configuration ended, the same on both ranks; and the poisoned sequence."""
@@ -261,6 +251,7 @@ def early_ends(root: Path, parallel_runs: dict[str, RunConfig]) -> dict[str, Any
         (folder / "rollout_000001.npz").write_bytes(whole if folder == damaged else whole[:500])
     (damaged / "rollout_000002.npz").write_bytes(whole[:-100])
     poisoned, place = poison(root, recorded / "rollout_000001.npz")
+    tied_to_another = add_output_matrix(write_tiny_model(root / "tied_to_another"), 2.0)
     replay = {"mode": "train_only", "recorded_rollouts": recorded, "data": None}
     hopeless = prompts(root, train="hopeless")
     configs = [
@@ -292,7 +283,7 @@ def early_ends(root: Path, parallel_runs: dict[str, RunConfig]) -> dict[str, Any
             checkpoint=replace(parallel_runs["first"].checkpoint, resume=False),
         ),
         small_run(root, "no_model", model={"path": root / "absent"}),
-        small_run(root, "output_matrix", model={"path": tied_to_another(root)}),
+        small_run(root, "output_matrix", model={"path": tied_to_another}),
     ]
     ranks = run_distributed(end_early, 2, configs)
     assert [ended.error for ended in ranks[0]] == [ended.error for ended in ranks[1]], "every rank says the same"
