@@ -87,14 +87,8 @@ class RunDirectory:
             rule="must be a directory that this user may write to",
             way_out="choose another directory or mend its permissions",
         )
-        export = RunDirectory(path).export
-        require(
-            not is_run or not export.is_symlink() or export.exists(),
-            field="output_dir",
-            value=path,
-            rule=f"{export} is a link that leads nowhere, so the model could not be exported at the end",
-            way_out="remove the link, or bring back what it leads to",
-        )
+        if is_run:
+            _require_no_dead_link(path, RunDirectory(path).export, ", so the model could not be exported at the end")
 
     @classmethod
     def begin(cls, path: Path, config_yaml: str) -> "RunDirectory":
@@ -136,13 +130,7 @@ class RunDirectory:
             RunError: Something else is in its place.
         """
         for path in (self.metrics_file, self.samples_file):
-            require(
-                not path.is_symlink() or path.exists(),
-                field="output_dir",
-                value=self.path,
-                rule=f"{path.name} is a link that leads nowhere",
-                way_out="remove the link, or bring back what it leads to",
-            )
+            _require_no_dead_link(self.path, path)
             with read_errors_told(path, RunError):
                 strange = _foreign_line(path, may_tear_several=path == self.samples_file)
             require(
@@ -346,6 +334,16 @@ class RunDirectory:
         """
         with disk_errors_told(self.samples_file, _UNWRITTEN, RunError):
             append_lines(self.samples_file, samples)
+
+
+def _require_no_dead_link(directory: Path, path: Path, consequence: str = "") -> None:
+    require(
+        not path.is_symlink() or path.exists(),
+        field="output_dir",
+        value=directory,
+        rule=f"{path} is a link that leads nowhere{consequence}",
+        way_out="remove the link, or bring back what it leads to",
+    )
 
 
 def _holds_files(path: Path) -> bool:
